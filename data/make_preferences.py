@@ -1,0 +1,73 @@
+"""Make data/pairwise_prefs_part_1.jsonl again: `python data/make_preferences.py` (about 5 minutes on two CPU cores).
+
+For every prompt of prompts_train.jsonl (and, into pairwise_prefs_heldout.jsonl, of prompts_heldout.jsonl) the default model
+in NF4, without adapters, writes six responses at temperature 0.7. Pairs of them are drawn; the annotator of
+rlhf_helpers/gold.py says which one it prefers. Pairs that it finds about equal (gold less than 0.5 apart) are left out. On
+training prompts its judgement is noisy (Bradley-Terry); the held-out pairs are labelled by the rule itself, to measure by."""
+
+import itertools
+import random
+import sys
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from rlhf_helpers.config import CPU
+from rlhf_helpers.data import load_prompts, save_jsonl
+from rlhf_helpers.gold import gold_reward, prefers_first
+from rlhf_helpers.models import encode_prompt, load_policy
+from rlhf_helpers.sampling import MergedCopy, sample
+
+SAMPLES, PAIRS, GAP, BATCH = 6, 5, 0.5, 48
+
+
+def responses_to(prompts, policy, tokenizer, config, seed):
+    """{prompt: SAMPLES texts}, sampled from the policy without its adapters."""
+    lm = MergedCopy(policy.pretrained_model).refresh(adapters=False)
+    generator = torch.Generator().manual_seed(seed)
+    jobs, texts = [p for p in prompts for _ in range(SAMPLES)], []
+    for start in range(0, len(jobs), BATCH):
+        queries = [encode_prompt(tokenizer, prompt) for prompt in jobs[start : start + BATCH]]
+        ids = sample(
+            lm, queries, config.max_new_tokens, tokenizer.eos_token_id, tokenizer.pad_token_id, config.temperature, generator
+        )
+        texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
+        print(f"\r{len(texts)} of {len(jobs)} responses", end="", flush=True)
+    print()
+    by_prompt = {}
+    for prompt, text in zip(jobs, texts):
+        by_prompt.setdefault(prompt, []).append(text)
+    return by_prompt
+
+
+def pairs(by_prompt, noisy, seed):
+    """Records with prompt, chosen, rejected: up to PAIRS a prompt, each of two different responses GAP or more apart."""
+    rng, records = random.Random(seed), []
+    for prompt, texts in by_prompt.items():
+        texts = [text for text in dict.fromkeys(texts) if text.strip()]
+        apart = lambda pair: abs(gold_reward(prompt, pair[0]) - gold_reward(prompt, pair[1])) >= GAP
+        candidates = [pair for pair in itertools.combinations(texts, 2) if apart(pair)]
+        for first, second in rng.sample(candidates, min(PAIRS, len(candidates))):
+            by_rule = gold_reward(prompt, first) > gold_reward(prompt, second)
+            first_wins = prefers_first(prompt, first, second, rng) if noisy else by_rule
+            chosen, rejected = (first, second) if first_wins else (second, first)
+            records.append(dict(prompt=prompt, chosen=chosen, rejected=rejected))
+    return records
+
+
+def main():
+    config = CPU.ppo_config()
+    policy, tokenizer = load_policy(CPU)
+    for split, name, noisy, seed in (("heldout", "pairwise_prefs_heldout", False, 1), ("train", "pairwise_prefs_part_1", True, 0)):
+        by_prompt = responses_to(load_prompts(HERE / f"prompts_{split}.jsonl"), policy, tokenizer, config, seed)
+        records = pairs(by_prompt, noisy, seed)
+        save_jsonl(HERE / f"{name}.jsonl", records)
+        agree = sum(gold_reward(r["prompt"], r["chosen"]) > gold_reward(r["prompt"], r["rejected"]) for r in records)
+        print(f"{name}.jsonl: {len(records)} pairs on {len(by_prompt)} prompts, {agree / len(records):.1%} as the rule says")
+
+
+if __name__ == "__main__":
+    main()

