@@ -1,11 +1,11 @@
-"""Make data/pairwise_prefs_part_1.jsonl again: `python data/make_preferences.py` (about 5 minutes on two CPU cores).
+"""Make data/pairwise_prefs_part_1.jsonl again: `python data/make_preferences.py` (about 10 minutes on two CPU cores).
 
 For every prompt of prompts_train.jsonl (and, into pairwise_prefs_heldout.jsonl, of prompts_heldout.jsonl) the default model
-in NF4, without adapters, writes six responses at temperature 0.7. Pairs of them are drawn; the annotator of
-rlhf_helpers/gold.py says which one it prefers. Pairs that it finds about equal (gold less than 0.5 apart) are left out. On
-training prompts its judgement is noisy (Bradley-Terry); the held-out pairs are labelled by the rule itself, to measure by."""
+in NF4, without adapters, writes twelve responses at temperature 0.7. They are paired at random, each used once at most, and
+the annotator of rlhf_helpers/gold.py says which one it prefers. Responses that it finds about equal (gold less than 1 apart)
+are not paired. On training prompts its judgement is noisy (Bradley-Terry); the held-out pairs are labelled by the rule
+itself, to measure by."""
 
-import itertools
 import random
 import sys
 from pathlib import Path
@@ -21,7 +21,7 @@ from rlhf_helpers.gold import gold_reward, prefers_first
 from rlhf_helpers.models import encode_prompt, load_policy
 from rlhf_helpers.sampling import MergedCopy, sample
 
-SAMPLES, PAIRS, GAP, BATCH = 6, 5, 0.5, 48
+SAMPLES, PAIRS, GAP, BATCH = 12, 5, 1.0, 48
 
 
 def responses_to(prompts, policy, tokenizer, config, seed):
@@ -44,17 +44,21 @@ def responses_to(prompts, policy, tokenizer, config, seed):
 
 
 def pairs(by_prompt, noisy, seed):
-    """Records with prompt, chosen, rejected: up to PAIRS a prompt, each of two different responses GAP or more apart."""
+    """Records with prompt, chosen, rejected: up to PAIRS a prompt, each of two responses GAP or more apart in gold."""
     rng, records = random.Random(seed), []
     for prompt, texts in by_prompt.items():
         texts = [text for text in dict.fromkeys(texts) if text.strip()]
-        apart = lambda pair: abs(gold_reward(prompt, pair[0]) - gold_reward(prompt, pair[1])) >= GAP
-        candidates = [pair for pair in itertools.combinations(texts, 2) if apart(pair)]
-        for first, second in rng.sample(candidates, min(PAIRS, len(candidates))):
-            by_rule = gold_reward(prompt, first) > gold_reward(prompt, second)
-            first_wins = prefers_first(prompt, first, second, rng) if noisy else by_rule
+        gold = {text: gold_reward(prompt, text) for text in texts}
+        rng.shuffle(texts)
+        for _ in range(PAIRS):
+            apart = ((a, b) for i, a in enumerate(texts) for b in texts[i + 1 :] if abs(gold[a] - gold[b]) >= GAP)
+            first, second = next(apart, (None, None))
+            if first is None:
+                break
+            first_wins = prefers_first(prompt, first, second, rng) if noisy else gold[first] > gold[second]
             chosen, rejected = (first, second) if first_wins else (second, first)
             records.append(dict(prompt=prompt, chosen=chosen, rejected=rejected))
+            texts.remove(first), texts.remove(second)
     return records
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 REPOSITORY = "https://github.com/OWNER/rlhf-ppo-notebooks"  # the one place that knows the repository's address
 DATA_FILE = "data/pairwise_prefs_part_1.jsonl"
+HELDOUT_FILE = "data/prompts_heldout.jsonl"
 
 
 def project_root():
@@ -20,39 +21,44 @@ def project_root():
     return Path(__file__).resolve().parent.parent
 
 
+def setting(default, meaning):
+    """A field with its default and one line on what it is, which `--help` prints."""
+    return field(default=default, metadata={"help": meaning})
+
+
 @dataclass
 class PPOConfig:
     """One PPO run. Names and defaults are TRL 0.11's where TRL had the field; the last block is ours.
 
     Raises ValueError that names the field, its value and what is expected."""
 
-    batch_size: int = 128  # responses per step, per process
-    mini_batch_size: int = 128  # responses per forward and backward pass
-    gradient_accumulation_steps: int = 1  # minibatches per optimizer step, weighted by their tokens
-    ppo_epochs: int = 4  # passes over the batch in one step
-    learning_rate: float = 1.41e-5  # Adam, constant
-    gamma: float = 1.0  # discount per token
-    lam: float = 0.95  # GAE's lambda: 0 is one-step TD, 1 is reward-to-go minus the value
-    cliprange: float = 0.2  # the ratio counts within 1 - cliprange .. 1 + cliprange
-    cliprange_value: float = 0.2  # the value may move this far from the old one per step
-    vf_coef: float = 0.1  # weight of the value loss
-    init_kl_coef: float = 0.2  # price of one nat of KL, in units of the score
-    adap_kl_ctrl: bool = True  # move the coefficient towards `target` (Ziegler et al. 2019)
-    target: float = 6.0  # nats of KL per response that the controller aims at
-    horizon: float = 10000.0  # responses over which the controller moves
-    kl_penalty: str = "kl"  # "kl" (log-ratio), "abs", "mse" or "full" (over the whole vocabulary)
-    whiten_rewards: bool = False  # give the per-token rewards variance 1, keep their mean
-    score_clip: float | None = None  # keep scores within -score_clip .. score_clip
-    early_stopping: bool = False  # end the epochs of a step when its KL passes 1.5 x target_kl
-    target_kl: float = 1.0  # nats per token, for early_stopping
-    max_grad_norm: float | None = None  # clip the gradient's norm at every optimizer step
-    ratio_threshold: float = 10.0  # leave out a minibatch whose mean ratio is above this
-    seed: int = 0  # of sampling, of the order of minibatches and of the prompts
-    log_with: str | None = None  # an Accelerate tracker: "tensorboard", "trackio" or "wandb"
+    batch_size: int = setting(128, "responses per step, per process")
+    mini_batch_size: int = setting(128, "responses per forward and backward pass")
+    gradient_accumulation_steps: int = setting(1, "minibatches per optimizer step, weighted by their tokens")
+    ppo_epochs: int = setting(4, "passes over the batch in one step")
+    learning_rate: float = setting(1.41e-5, "Adam, constant")
+    gamma: float = setting(1.0, "discount per token")
+    lam: float = setting(0.95, "GAE's lambda: 0 is one-step TD, 1 is reward-to-go minus the value")
+    cliprange: float = setting(0.2, "the ratio counts within 1 - cliprange .. 1 + cliprange")
+    cliprange_value: float = setting(0.2, "the value may move this far from the old one per step")
+    vf_coef: float = setting(0.1, "weight of the value loss")
+    init_kl_coef: float = setting(0.2, "price of one nat of KL, in units of the score")
+    adap_kl_ctrl: bool = setting(True, "move the coefficient towards `target` (Ziegler et al. 2019)")
+    target: float = setting(6.0, "nats of KL per response that the controller aims at")
+    horizon: float = setting(10000.0, "responses over which the controller moves")
+    kl_penalty: str = setting("kl", '"kl" (log-ratio), "abs", "mse" or "full" (over the whole vocabulary)')
+    whiten_rewards: bool = setting(False, "give the per-token rewards variance 1, keep their mean")
+    score_clip: float | None = setting(None, "keep scores within -score_clip .. score_clip")
+    early_stopping: bool = setting(False, "end the epochs of a step when its KL passes 1.5 x target_kl")
+    target_kl: float = setting(1.0, "nats per token, for early_stopping")
+    max_grad_norm: float | None = setting(None, "clip the gradient's norm at every optimizer step")
+    ratio_threshold: float = setting(10.0, "leave out a minibatch whose mean ratio is above this")
+    seed: int = setting(0, "of sampling, of the order of minibatches and of the prompts")
+    log_with: str | None = setting(None, 'an Accelerate tracker: "tensorboard", "trackio" or "wandb"')
 
-    value_learning_rate: float | None = None  # of the value head; None: learning_rate
-    temperature: float = 1.0  # divides the logits, when sampling and when scoring alike
-    max_new_tokens: int = 50  # longest response, in tokens
+    value_learning_rate: float | None = setting(None, "of the value head; None: learning_rate")
+    temperature: float = setting(1.0, "divides the logits, when sampling and when scoring alike")
+    max_new_tokens: int = setting(50, "longest response, in tokens")
 
     def __post_init__(self):
         number = lambda name: isinstance(getattr(self, name), (int, float)) and math.isfinite(getattr(self, name))
@@ -90,7 +96,7 @@ class Profile:
     model: str  # a name that `models.resolve` knows, a folder, or org/model on a hub
     reward_model: str = "output/reward_model_pairwise"
     prompts: str = DATA_FILE
-    heldout_prompts: str = "data/prompts_heldout.jsonl"
+    heldout_prompts: str = HELDOUT_FILE
     steps: int = 40  # PPO steps of the main job
     lora_r: int = 8
     lora_alpha: int = 16

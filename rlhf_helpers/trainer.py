@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from rlhf_helpers import ppo
+from rlhf_helpers.checkpoint import load_checkpoint, save_checkpoint
 from rlhf_helpers.models import PolicyWithValueHead, encode_prompt, is_4bit, response_logits
 from rlhf_helpers.rollout import collate, fill_advantages, fill_rewards
 from rlhf_helpers.sampling import MergedCopy, can_merge, sample
@@ -193,6 +194,11 @@ class PPOTrainer:
             self.accelerator.log(scalars, step=self.steps_done)
         return stats
 
+    def inspect(self, queries, responses, scores=None):
+        """The Rollout that `step` would learn from, without learning; for any number of responses. Without scores, they are 0."""
+        scores = torch.zeros(len(responses)) if scores is None else scores
+        return self._collect(*self._checked(queries, responses, scores, size=len(queries)))
+
     def _collect(self, queries, responses, scores):
         """The rollout: log-probs under policy and reference, values, rewards, advantages, returns. No gradients."""
         config, clock = self.config, time.perf_counter()
@@ -318,14 +324,28 @@ class PPOTrainer:
                     "and repacked by bitsandbytes? See models.keep_gradients"
                 )
 
+    # ------------------------------------------------------------ save and resume
+
+    def save(self, folder):
+        """Keep everything in one folder: the adapters (plain PEFT loads them), the value head (where TRL looks for it), Adam,
+        KL coefficient, random states, history. The folder appears whole or not at all."""
+        if self.accelerator.is_main_process:
+            save_checkpoint(self, folder)
+        self.accelerator.wait_for_everyone()
+
+    def resume(self, folder):
+        """Go on from a folder made by `save`, bitwise on a CPU. Raises ValueError, changing nothing, if it does not fit."""
+        load_checkpoint(self, folder)
+
     # ------------------------------------------------------------ checks
 
-    def _checked(self, queries, responses, scores):
+    def _checked(self, queries, responses, scores, size=None):
         """(queries, responses, scores) as lists of CPU LongTensors and one float tensor, or ValueError."""
-        size = self.config.batch_size
+        expected = f"{size}" if size else f"PPOConfig.batch_size = {self.config.batch_size}"
+        size = size or self.config.batch_size
         for name, given in (("queries", queries), ("responses", responses), ("scores", scores)):
             if len(given) != size:
-                raise ValueError(f"step: {len(given)} {name}; expected PPOConfig.batch_size = {size}")
+                raise ValueError(f"step: {len(given)} {name}; expected {expected}")
         scores = torch.stack([torch.as_tensor(score).detach().float().cpu().reshape(-1) for score in scores])
         if scores.shape[1] != 1:
             raise ValueError(f"step: a score with {scores.shape[1]} values; expected one number a response")

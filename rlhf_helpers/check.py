@@ -1,0 +1,86 @@
+"""`python -m rlhf_helpers --check`: what will work on this machine, in one screen."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+
+from rlhf_helpers.config import project_root
+
+
+def check(say=print):
+    """Look at Python, packages, devices, 4-bit training, memory and disk; one line each. Returns 0 if the course will run."""
+    results = [python(), packages(), devices(), four_bit(), memory(), disk(), models()]
+    for ok, line in results:
+        say(f"{'ok ' if ok else 'NO '} {line}")
+    good = all(ok for ok, _ in results)
+    say("\nThe CPU profile will run here." if good else "\nMend the lines marked NO first.")
+    return 0 if good else 1
+
+
+def python():
+    return (3, 11) <= sys.version_info[:2] <= (3, 13), f"Python {platform.python_version()} (3.11 to 3.13 are tested), {platform.system()} {platform.machine()}"
+
+
+def packages():
+    names = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl", "jupyterlab")
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    needed = all(found[name] != "not installed" for name in names[:5])
+    return needed, "packages: " + ", ".join(f"{name} {version}" for name, version in found.items()) + " (trl: notebook 06 only)"
+
+
+def devices():
+    import torch
+
+    if not torch.cuda.is_available():
+        return True, f"no CUDA card: CPU profile, {os.cpu_count()} cores, {torch.get_num_threads()} threads, bf16 compute"
+    properties = torch.cuda.get_device_properties(0)
+    native = properties.major >= 8
+    return True, f"CUDA: {properties.name}, {properties.total_memory / 2**30:.0f} GB, compute in {'bf16' if native else 'fp16 (no native bf16)'}"
+
+
+def four_bit():
+    """A real 4-bit layer with an adapter beside it: forward in eval mode first, which breaks gradients on some CPUs, then
+    backward."""
+    import bitsandbytes as bnb
+    import torch
+
+    from rlhf_helpers.models import device_and_dtype, keep_gradients
+
+    device, dtype = device_and_dtype()
+    layer = bnb.nn.Linear4bit(64, 64, bias=False, compute_dtype=dtype, quant_type="nf4").to(device)
+    keep_gradients(layer)
+    x = torch.randn(4, 64, device=device, dtype=dtype)
+    with torch.no_grad():
+        layer.eval()(x)
+    x.requires_grad_(True)
+    try:
+        layer.train()(x).sum().backward()
+    except RuntimeError:  # no gradient at all: the packed kernel has no backward
+        pass
+    works = x.grad is not None and bool(torch.isfinite(x.grad).all())
+    return works, f"4-bit NF4 with {str(dtype).removeprefix('torch.')} compute on {device}: gradients pass through it" + ("" if works else ": no")
+
+
+def memory():
+    import psutil
+
+    free = psutil.virtual_memory().available / 2**30
+    return free > 3.5, f"memory: {free:.1f} GB free (the course takes about 3)"
+
+
+def disk():
+    free = shutil.disk_usage(project_root()).free / 2**30
+    return free > 2, f"disk: {free:.0f} GB free (models and runs take about 1)"
+
+
+def models():
+    folder = project_root() / "output"
+    there = [name for name in ("models/smollm2-135m-instruct", "models/minilm-l6-v2", "reward_model_pairwise") if (folder / name).is_dir()]
+    return True, f"ready in output/: {', '.join(there) or 'nothing yet; the first run fetches 180 MB and trains the reward model'}"

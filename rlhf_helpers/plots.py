@@ -1,0 +1,206 @@
+"""Seeing: token tables and heat maps, live curves, histograms. The only module that imports matplotlib and pandas.
+
+Every function returns a figure or a table; `show(figure, alt)` puts a figure on the page as a small PNG with alternative text.
+Colours are Okabe and Ito's, which colour-blind readers can tell apart; figures bring their own white ground, so that they
+read in dark themes too."""
+
+import io
+import time
+
+import numpy as np
+import pandas as pd
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Normalize, TwoSlopeNorm
+from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
+CURVES = {
+    "ppo/mean_scores": "score",
+    "objective/kl": "KL to the reference (nats a response)",
+    "ppo/loss/value": "value loss",
+    "ppo/policy/entropy": "entropy (nats a token)",
+    "tokens/responses_len_mean": "response length (tokens)",
+    "ppo/grad_norm": "gradient norm",
+}
+SIGNALS = ("logprobs", "ref_logprobs", "kl", "rewards", "values", "advantages", "returns")
+
+
+def new_figure(rows=1, columns=1, size=(7, 2.6), **kwargs):
+    """(figure, axes as a 2-D array), outside pyplot: nothing is shown twice, and nothing has to be closed."""
+    figure = Figure(figsize=size, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False, **kwargs)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=7)
+    return figure, axes
+
+
+def png(figure, dpi=80):
+    """The figure as PNG bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
+
+
+def save_figure(figure, path, dpi=120):
+    """Write a figure to a PNG file."""
+    with open(path, "wb") as file:
+        file.write(png(figure, dpi))
+
+
+def show(figure, alt, dpi=80, display_id=None):
+    """Put a figure on the page with alternative text. With `display_id=True`, returns the handle that updates it."""
+    from IPython.display import Image, display
+
+    return display(Image(data=png(figure, dpi), format="png", alt=alt), display_id=display_id)
+
+
+# ---------------------------------------------------------------- tokens
+
+
+def visible(token):
+    """A token with its white space made visible."""
+    return token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·")
+
+
+def token_strings(tokenizer, ids):
+    """The text of each token id, white space visible."""
+    return [visible(tokenizer.decode([int(i)])) for i in ids]
+
+
+def token_table(tokenizer, rollout, row=0, ratio=None):
+    """One response of a Rollout as a DataFrame, a line a token: what it was, how likely, what it was paid, what PPO made of
+    it. `ratio` (T,), if given, is put beside."""
+    keep = rollout.mask[row]
+    columns = {"token": token_strings(tokenizer, rollout.response_ids[row][keep])}
+    columns |= {name: getattr(rollout, name)[row][keep].cpu().numpy() for name in SIGNALS}
+    if ratio is not None:
+        columns["ratio"] = np.asarray(ratio)[: int(keep.sum())]
+    return pd.DataFrame(columns).rename(columns={"ref_logprobs": "ref", "logprobs": "logprob", "values": "value",
+                                                 "rewards": "reward", "advantages": "advantage", "returns": "return"})  # fmt: skip
+
+
+def token_heatmap(tokenizer, rollout, row=0, signals=("kl", "rewards", "values", "advantages"), per_line=13):
+    """One response of a Rollout as text, once for every signal, each token on a ground that shows its number."""
+    keep = rollout.mask[row]
+    tokens = token_strings(tokenizer, rollout.response_ids[row][keep])
+    lines = -(-len(tokens) // per_line)
+    figure, axes = new_figure(len(signals), 1, size=(0.6 * per_line + 1, (0.27 * lines + 0.36) * len(signals)))
+    for axis, name in zip(axes[:, 0], signals):
+        numbers = getattr(rollout, name)[row][keep].cpu().numpy().astype(float)
+        draw_tokens(figure, axis, tokens, numbers, name, per_line)
+    return figure
+
+
+def draw_tokens(figure, axis, tokens, numbers, title, per_line=13):
+    """The tokens in lines of `per_line` over a heat map: two colours around 0, or one where no number is negative."""
+    size = float(np.nanmax(np.abs(numbers))) or 1.0
+    signed = bool((numbers < 0).any())
+    norm = TwoSlopeNorm(0, -size, size) if signed else Normalize(0, size)
+    cmap = colormaps["RdBu" if signed else "Blues"]
+    lines = -(-len(tokens) // per_line)
+    grid = np.full(lines * per_line, np.nan)
+    grid[: len(tokens)] = numbers
+    image = axis.imshow(grid.reshape(lines, per_line), cmap=cmap, norm=norm, aspect="auto")
+    for i, (token, number) in enumerate(zip(tokens, numbers)):
+        dark = np.dot(cmap(norm(number))[:3], (0.299, 0.587, 0.114)) < 0.5
+        text = token if len(token) <= 11 else token[:10] + "…"
+        axis.text(i % per_line, i // per_line, text, ha="center", va="center", fontsize=6.5, parse_math=False,
+                  color="white" if dark else "black")  # fmt: skip
+    axis.set_title(title, fontsize=8, loc="left")
+    axis.set(xticks=[], yticks=[])
+    figure.colorbar(image, ax=axis, fraction=0.02, pad=0.01).ax.tick_params(labelsize=6)
+
+
+# ---------------------------------------------------------------- runs
+
+
+def training_curves(history, curves=CURVES, title=None):
+    """The stats of a run over its steps, one small panel each. `history` is a list of dicts, or several in a dict by name."""
+    runs = history if isinstance(history, dict) else {None: history}
+    rows = -(-len(curves) // 3)
+    figure, axes = new_figure(rows, 3, size=(8.4, 1.75 * rows + (0.3 if title else 0)))
+    for axis, (key, name) in zip(axes.flat, curves.items()):
+        for colour, (label, run) in zip((BLUE, ORANGE, GREEN, RED), runs.items()):
+            points = [(row["step"], row[key]) for row in run if key in row]
+            axis.plot(*zip(*points) if points else ([], []), color=colour, linewidth=1.3, label=label)
+        axis.set_title(name, fontsize=8)
+    for axis in axes.flat[len(curves) :]:
+        axis.set_visible(False)
+    axes[-1, 0].set_xlabel("step", fontsize=8)
+    if len(runs) > 1:
+        axes[0, 0].legend(fontsize=7, frameon=False)
+    if title:
+        figure.suptitle(title, fontsize=9)
+    return figure
+
+
+class LiveCurves:
+    """Curves that grow while PPO runs: `with LiveCurves(steps) as live: trainer.train(..., on_step=live)`. One output on the
+    page, redrawn in place at most every `every` seconds, with the step and the time left in its title."""
+
+    def __init__(self, steps, every=2.0, curves=CURVES, alt="Training curves over PPO steps: score, KL, value loss, entropy, length, gradient norm"):  # fmt: skip
+        self.steps, self.every, self.curves, self.alt = steps, every, curves, alt
+        self.handle, self.history, self.drawn = None, [], 0.0
+
+    def __enter__(self):
+        self.started, self.done = time.monotonic(), 0
+        return self
+
+    def __call__(self, trainer, stats):
+        self.history, self.done = list(trainer.history), self.done + 1
+        if time.monotonic() - self.drawn >= self.every:
+            left = (time.monotonic() - self.started) / self.done * (self.steps - self.done)
+            self.draw(f"step {self.done} of {self.steps}, about {left / 60:.1f} min left")
+
+    def draw(self, title):
+        figure = training_curves(self.history, self.curves, title)
+        if self.handle is None:
+            self.handle = show(figure, self.alt, dpi=70, display_id=True)
+        else:
+            from IPython.display import Image
+
+            self.handle.update(Image(data=png(figure, 70), format="png", alt=self.alt))
+        self.drawn = time.monotonic()
+
+    def __exit__(self, *exception):
+        if self.history:
+            self.draw(f"{self.done} of {self.steps} steps in {(time.monotonic() - self.started) / 60:.1f} min")
+
+
+def histograms(groups, label, bins=30, title=None):
+    """Overlaid histograms of several groups of numbers, {name: numbers}, on common bins."""
+    figure, axes = new_figure(size=(5.6, 2.4))
+    numbers = {name: np.asarray(values, dtype=float) for name, values in groups.items()}
+    edges = np.histogram_bin_edges(np.concatenate(list(numbers.values())), bins)
+    for colour, (name, values) in zip((BLUE, ORANGE, GREEN, RED), numbers.items()):
+        axes[0, 0].hist(values, edges, alpha=0.55, color=colour, label=name)
+        axes[0, 0].axvline(values.mean(), color=colour, linewidth=1.5)
+    axes[0, 0].set_xlabel(label, fontsize=8)
+    axes[0, 0].set_ylabel("count", fontsize=8)
+    if title:
+        axes[0, 0].set_title(title, fontsize=9)
+    if len(numbers) > 1:
+        axes[0, 0].legend(fontsize=7, frameon=False)
+    return figure
+
+
+def clipped_objective(cliprange=0.2, ratios=None, advantages=None):
+    """PPO's loss of one token against its ratio, for a good and a bad token; tokens of a run as dots, if given."""
+    figure, axes = new_figure(1, 2, size=(7.4, 2.5))
+    grid = np.linspace(0.5, 1.5, 201)
+    for axis, (sign, name) in zip(axes[0], ((1, "advantage +1: make it likelier"), (-1, "advantage -1: make it rarer"))):
+        loss = np.maximum(-sign * grid, -sign * grid.clip(1 - cliprange, 1 + cliprange))
+        axis.plot(grid, loss, color=BLUE, linewidth=1.6)
+        axis.plot(grid, -sign * grid, color=GREY, linewidth=0.8, linestyle=":")
+        for edge in (1 - cliprange, 1 + cliprange):
+            axis.axvline(edge, color=GREY, linewidth=0.6)
+        if ratios is not None:
+            some = np.asarray(ratios)[np.sign(np.asarray(advantages)) == sign]
+            axis.plot(some, np.maximum(-sign * some, -sign * some.clip(1 - cliprange, 1 + cliprange)), ".", color=ORANGE, markersize=4)
+        axis.set_title(name, fontsize=8)
+        axis.set_xlabel("ratio", fontsize=8)
+    axes[0, 0].set_ylabel("loss", fontsize=8)
+    return figure

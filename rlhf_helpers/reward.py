@@ -1,0 +1,203 @@
+"""The reward model: an encoder with a score, trained on preference pairs. It reads text, never the policy's token ids."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
+
+from rlhf_helpers.config import DATA_FILE, HELDOUT_FILE, project_root
+from rlhf_helpers.data import load_preferences, load_prompts
+from rlhf_helpers.models import device_and_dtype, resolve
+
+FORMAT_FILE = "reward_format.json"
+# How prompt and response become one input. "pair": the tokenizer's own sentence pair, [CLS] prompt [SEP] response [SEP].
+JOINS = {
+    "pair": lambda prompt, response: (prompt, response),
+    "newline": lambda prompt, response: (f"{prompt}\n{response}", None),
+    "response": lambda prompt, response: (response, None),
+}
+
+
+class RewardModel:
+    """A sequence classifier that scores a response to a prompt: `rewards(prompts, responses)`, two lists of str, gives a
+    (B,) float tensor.
+
+    One label: the score is its logit. Two: the softmax probability of label 1. It is then standardised: (raw - mean) / std,
+    with mean and std measured on samples of the base policy, so that one unit is a deviation of the untrained model."""
+
+    def __init__(self, model, tokenizer, join="pair", mean=0.0, std=1.0, max_length=256, batch_size=32):
+        labels = model.config.num_labels
+        if labels not in (1, 2):
+            raise ValueError(f"reward model with {labels} labels; expected 1 (the score) or 2 (label 1 is the good one)")
+        if join not in JOINS:
+            raise ValueError(f"{FORMAT_FILE}: join is {join!r}; expected one of {', '.join(JOINS)}")
+        self.model, self.tokenizer, self.join = model.float().eval().requires_grad_(False), tokenizer, join
+        self.mean, self.std, self.max_length, self.batch_size = mean, std, max_length, batch_size
+        if tokenizer.pad_token_id is not None:
+            self.model.config.pad_token_id = tokenizer.pad_token_id
+
+    @classmethod
+    def load(cls, folder):
+        """From a folder made by `save`, or any folder of a sequence classifier with its tokenizer.
+        Raises ValueError that names the folder and what is wrong with it."""
+        folder = Path(folder)
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{folder}: not a reward model; expected a folder with config.json, weights and a tokenizer")
+        try:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            architectures = config.get("architectures") or []
+            if not any(name.endswith("ForSequenceClassification") for name in architectures):
+                raise ValueError(f"architecture is {', '.join(architectures) or 'not given'}, not a ...ForSequenceClassification")
+            how = json.loads((folder / FORMAT_FILE).read_text(encoding="utf-8")) if (folder / FORMAT_FILE).is_file() else {}
+            model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            return cls(model.to(device_and_dtype()[0]), tokenizer, **how)
+        except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+            raise ValueError(f"{folder}: cannot be used as a reward model: {str(error).splitlines()[0]}") from error
+
+    def save(self, folder):
+        """The folder that `load` reads: model, tokenizer and how to join and standardise. It appears whole or not at all."""
+        folder = Path(folder)
+        beside = folder.with_name(folder.name + ".part")
+        shutil.rmtree(beside, ignore_errors=True)
+        self.model.save_pretrained(beside)
+        self.tokenizer.save_pretrained(beside)
+        how = dict(join=self.join, mean=self.mean, std=self.std, max_length=self.max_length)
+        (beside / FORMAT_FILE).write_text(json.dumps(how, indent=1) + "\n", encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        beside.rename(folder)
+
+    def encode(self, prompts, responses):
+        """The encoder's inputs, padded: a dict of (B, L) tensors."""
+        first, second = zip(*(JOINS[self.join](p, r) for p, r in zip(prompts, responses, strict=True)))
+        second = None if second[0] is None else list(second)
+        return self.tokenizer(
+            list(first), second, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+        ).to(self.model.device)
+
+    @torch.inference_mode()
+    def logits(self, prompts, responses):
+        """What the model itself says, (B, labels), fp32."""
+        size, parts = self.batch_size, []
+        for i in range(0, len(prompts), size):
+            parts.append(self.model(**self.encode(prompts[i : i + size], responses[i : i + size])).logits.float())
+        return torch.cat(parts).cpu()
+
+    def raw(self, prompts, responses):
+        """Scores before standardisation, (B,)."""
+        return score_from_logits(self.logits(prompts, responses))
+
+    def __call__(self, prompts, responses):
+        return (self.raw(prompts, responses) - self.mean) / self.std
+
+    def standardise(self, prompts, responses):
+        """Take mean and deviation from these samples of the base policy."""
+        raw = self.raw(prompts, responses)
+        self.mean, self.std = raw.mean().item(), raw.std().item()
+        if not self.std > 1e-6:
+            raise ValueError(f"reward model: deviation {self.std} over {len(raw)} responses; expected scores that differ")
+
+
+def score_from_logits(logits):
+    """(B, 1): the logit. (B, 2): the softmax probability of label 1, which is sigmoid(logit 1 - logit 0). (B,), fp32."""
+    if logits.shape[1] not in (1, 2):
+        raise ValueError(f"reward model with {logits.shape[1]} labels; expected 1 or 2")
+    return logits[:, 0] if logits.shape[1] == 1 else logits.softmax(-1)[:, 1]
+
+
+# ---------------------------------------------------------------- training
+
+
+def pairwise_loss(chosen, rejected):
+    """Bradley-Terry: -log sigmoid(chosen - rejected), averaged; chosen and rejected are scores (B,).
+    Christiano et al. 2017 (arXiv:1706.03741), Stiennon et al. 2020 (arXiv:2009.01325), equation 1."""
+    return -F.logsigmoid(chosen - rejected).mean()
+
+
+class PairwiseTrainer(Trainer):
+    """transformers' Trainer with pairwise_loss. A batch holds the chosen texts first, then the rejected ones."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        logits = model(**inputs).logits
+        scores = logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
+        chosen, rejected = scores.chunk(2)
+        loss = pairwise_loss(chosen, rejected)
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+
+def train_reward_model(pairs, folder, encoder="minilm-l6-v2", num_labels=1, epochs=2, batch_size=16, learning_rate=2e-4, seed=0,
+                       join="pair"):  # fmt: skip
+    """Train a reward model on preference pairs and save it in `folder`. Returns (RewardModel, log), log being a list of dicts
+    with step and loss. Mean and deviation are taken over all responses in the pairs, samples of the base policy."""
+    torch.manual_seed(seed)  # the new score layer is random
+    source = resolve(encoder)
+    model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=num_labels, dtype=torch.float32)
+    rm = RewardModel(model, AutoTokenizer.from_pretrained(source), join)
+    model.requires_grad_(True)
+
+    def collate(batch):
+        prompts = [pair["prompt"] for pair in batch]
+        texts = [pair["chosen"] for pair in batch] + [pair["rejected"] for pair in batch]
+        return dict(rm.encode(prompts + prompts, texts))
+
+    folder = Path(folder)
+    arguments = TrainingArguments(
+        output_dir=str(folder.with_name(folder.name + ".trainer")),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=batch_size,
+        learning_rate=learning_rate,
+        weight_decay=0.01,
+        lr_scheduler_type="linear",
+        warmup_steps=5,
+        logging_steps=5,
+        save_strategy="no",
+        report_to="none",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        seed=seed,
+        dataloader_drop_last=True,
+    )
+    trainer = PairwiseTrainer(model, arguments, train_dataset=pairs, data_collator=collate)
+    trainer.train()
+    log = [dict(step=row["step"], loss=float(row["loss"])) for row in trainer.state.log_history if "loss" in row]
+    rm.model.eval().requires_grad_(False)
+    rm.standardise(*base_samples(pairs))
+    rm.save(folder)
+    shutil.rmtree(arguments.output_dir, ignore_errors=True)
+    return rm, log
+
+
+def base_samples(pairs):
+    """(prompts, responses): the different responses in the pairs."""
+    samples = dict.fromkeys((pair["prompt"], pair[side]) for pair in pairs for side in ("chosen", "rejected"))
+    return tuple(map(list, zip(*samples)))
+
+
+def pair_accuracy(reward_fn, pairs):
+    """(accuracy, (low, high)): share of pairs whose chosen response scores higher, with a 95 % bootstrap interval."""
+    prompts = [pair["prompt"] for pair in pairs]
+    margins = np.asarray(reward_fn(prompts, [p["chosen"] for p in pairs])) - np.asarray(reward_fn(prompts, [p["rejected"] for p in pairs]))
+    right = margins > 0
+    draws = np.random.default_rng(0).choice(right, (2000, len(right))).mean(1)
+    return right.mean().item(), tuple(np.quantile(draws, [0.025, 0.975]).tolist())
+
+
+def ensure_reward_model(folder=None, pairs_file=DATA_FILE, heldout_file=HELDOUT_FILE, say=print):
+    """The reward model in `folder`, trained first on the course's preference pairs if the default folder is missing.
+    Held-out prompts are never trained on: a pair with one raises ValueError."""
+    default = project_root() / "output" / "reward_model_pairwise"
+    folder = default if folder is None else Path(folder)
+    if folder.exists() or folder.resolve() != default.resolve():
+        return RewardModel.load(folder)
+    pairs = load_preferences(project_root() / pairs_file)
+    heldout = set(load_prompts(project_root() / heldout_file))
+    for pair in pairs:
+        if pair["prompt"] in heldout:
+            raise ValueError(f"{pairs_file}: prompt {pair['prompt']!r} is held out in {heldout_file}; expected other prompts")
+    say(f"reward model: training on {len(pairs)} pairs (about 2 minutes on two CPU cores)")
+    return train_reward_model(pairs, folder)[0]
