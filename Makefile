@@ -1,0 +1,71 @@
+# Every command sets up what it needs: only python3 (3.11 to 3.13) and make are taken for granted.
+# On a CPU-only Linux machine, PyTorch's CPU builds save 2.5 GB of downloads:
+#   make run TORCH_INDEX=https://download.pytorch.org/whl/cpu
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+ARGS ?=
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+
+.PHONY: help run test test-all lab check constraints notebooks clean
+
+help:
+	@echo "make run       PPO on the CPU profile: models, reward model, training, result"
+	@echo "make lab       JupyterLab on the notebooks"
+	@echo "make test      all tests that a user needs, notebooks included"
+	@echo "make test-all  the slow ones too"
+	@echo "make check     what will work on this machine"
+
+run: $(VENV)/.core
+	$(PY) -m rlhf_helpers $(ARGS)
+
+check: $(VENV)/.core
+	$(PY) -m rlhf_helpers --check
+
+lab: $(VENV)/.lab
+	$(PY) -m jupyterlab notebooks
+
+test: $(VENV)/.test
+	$(PY) -m pytest $(ARGS)
+
+test-all: $(VENV)/.test
+	$(PY) -m pytest -m "slow or not slow" $(ARGS)
+
+# ---- set-up: a stamp for each group of packages, made again when the lists change
+
+$(VENV)/.venv:
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13) and "$(PYTHON) is Python %d.%d; expected 3.11 to 3.13 (make PYTHON=python3.11 ...)" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.core: $(VENV)/.venv pyproject.toml constraints.txt
+	@echo "setting up: torch, transformers, peft, bitsandbytes, accelerate (about a minute)"
+ifneq ($(TORCH_INDEX),)
+	$(PY) -m pip install --quiet --disable-pip-version-check --index-url $(TORCH_INDEX) $(TORCH)
+endif
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/.lab $(VENV)/.test: $(VENV)/.%: $(VENV)/.core
+	@echo "setting up: packages for $*"
+	$(PIP) -e ".[lab,test]"
+	touch $@
+
+# ---- for authors
+
+constraints:
+	$(PIP) uv
+	echo "$(TORCH)" > .torch-pin.txt
+	( echo "# Generated from pyproject.toml by \`make constraints\`; do not edit. The versions that were tested."; \
+	  $(PY) -m uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 -c .torch-pin.txt \
+	  --no-annotate --no-header -q | grep -vE '^(nvidia-|cuda-|triton)' ) > constraints.new && mv constraints.new constraints.txt
+	rm -f .torch-pin.txt
+
+notebooks: $(VENV)/.test
+	$(PY) tools/run_notebooks.py $(ARGS)
+
+clean:
+	rm -rf build *.egg-info .pytest_cache
