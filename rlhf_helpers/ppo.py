@@ -37,24 +37,22 @@ def response_mask(lengths, width):
     return torch.arange(width, device=lengths.device) < lengths[:, None]
 
 
-def logprobs_from_logits(logits, ids, mask):
-    """log pi(token | what came before) in nats, (B, T), 0 outside the mask.
+def logprobs_from_logits(logits, ids, mask, temperature=1.0):
+    """log pi(token | what came before) in nats, (B, T), 0 outside the mask; pi is softmax(logits / temperature).
 
     `logits` (B, T, V) are those that predict `ids` (B, T). The softmax is taken in fp32 and on real tokens only, so a pad
     costs nothing and cannot send a NaN into the gradient."""
     out = torch.zeros(ids.shape, dtype=torch.float32, device=logits.device)
-    out[mask] = -F.cross_entropy(logits[mask].float(), ids[mask], reduction="none")
+    out[mask] = -F.cross_entropy(logits[mask].float() / temperature, ids[mask], reduction="none")
     return out
 
 
 @torch.no_grad()
-def entropy_from_logits(logits, mask, chunk=128):
+def entropy_from_logits(logits, mask, temperature=1.0, chunk=128):
     """Entropy in nats of the whole next-token distribution, (B, T), 0 outside the mask; `chunk` tokens at a time."""
     out = torch.zeros(mask.shape, dtype=torch.float32, device=logits.device)
-    rows = logits[mask].split(chunk)
-    if rows[0].numel():
-        logs = (row.float().log_softmax(-1) for row in rows)
-        out[mask] = torch.cat([-(log.exp() * log).sum(-1) for log in logs])
+    logs = ((rows.float() / temperature).log_softmax(-1) for rows in logits[mask].split(chunk))
+    out[mask] = torch.cat([-(log.exp() * log).sum(-1) for log in logs])
     return out
 
 
@@ -72,10 +70,10 @@ def kl_per_token(logprobs, ref_logprobs, kind="kl"):
     raise ValueError(f'kl_penalty {kind!r} is not computed from log-probs; expected "kl", "abs" or "mse"')
 
 
-def full_kl_per_token(logits, ref_logits, mask):
+def full_kl_per_token(logits, ref_logits, mask, temperature=1.0):
     """KL(pi || pi_ref) in nats over the whole vocabulary, (B, T), 0 outside the mask. Shapes: two (B, T, V)."""
     out = torch.zeros(mask.shape, dtype=torch.float32, device=logits.device)
-    log, ref_log = (x[mask].float().log_softmax(-1) for x in (logits, ref_logits))
+    log, ref_log = ((x[mask].float() / temperature).log_softmax(-1) for x in (logits, ref_logits))
     out[mask] = (log.exp() * (log - ref_log)).sum(-1)
     return out
 

@@ -8,7 +8,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+)
 
 from rlhf_helpers.config import DATA_FILE, HELDOUT_FILE, project_root
 from rlhf_helpers.data import load_preferences, load_prompts
@@ -136,7 +144,8 @@ def train_reward_model(pairs, folder, encoder="minilm-l6-v2", num_labels=1, epoc
     with step and loss. Mean and deviation are taken over all responses in the pairs, samples of the base policy."""
     torch.manual_seed(seed)  # the new score layer is random
     source = resolve(encoder)
-    model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=num_labels, dtype=torch.float32)
+    model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(source, num_labels=num_labels))
+    model.base_model.load_state_dict(AutoModel.from_pretrained(source, dtype=torch.float32).state_dict())
     rm = RewardModel(model, AutoTokenizer.from_pretrained(source), join)
     model.requires_grad_(True)
 
@@ -161,8 +170,10 @@ def train_reward_model(pairs, folder, encoder="minilm-l6-v2", num_labels=1, epoc
         disable_tqdm=True,
         seed=seed,
         dataloader_drop_last=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
     )
     trainer = PairwiseTrainer(model, arguments, train_dataset=pairs, data_collator=collate)
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     log = [dict(step=row["step"], loss=float(row["loss"])) for row in trainer.state.log_history if "loss" in row]
     rm.model.eval().requires_grad_(False)

@@ -31,6 +31,11 @@ class Rollout:
     def __len__(self):
         return len(self.responses)
 
+    def inputs(self, rows):
+        """What a forward pass takes for these rows: (input_ids, attention_mask, T). T is the same for all, so that the same
+        tokens meet the same shapes in every pass, and give the same numbers."""
+        return self.input_ids[rows], self.attention_mask[rows], self.mask.shape[1]
+
     @property
     def lengths(self):
         return self.mask.sum(1)

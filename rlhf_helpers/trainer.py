@@ -220,31 +220,25 @@ class PPOTrainer:
     @torch.no_grad()
     def _score_tokens(self, rollout, rows):
         """(logprobs, ref_logprobs, values, kl) of some rows, by the forward pass that training uses, at the same shapes."""
-        ids, mask = rollout.response_ids[rows], rollout.mask[rows]
+        ids, mask, temperature = rollout.response_ids[rows], rollout.mask[rows], self.config.temperature
         with self.model.without_dropout():
-            logits, values = self._forward(self.model, rollout, rows)
+            logits, values = self.model(*rollout.inputs(rows))
+            logprobs = ppo.logprobs_from_logits(logits, ids, mask, temperature)
+            if self.config.kl_penalty != "full":
+                del logits  # the largest tensor of all, (B, T, vocabulary)
             ref_logits = self._reference_logits(rollout, rows)
-        logprobs, ref_logprobs = (ppo.logprobs_from_logits(x, ids, mask) for x in (logits, ref_logits))
+        ref_logprobs = ppo.logprobs_from_logits(ref_logits, ids, mask, temperature)
         if self.config.kl_penalty == "full":
-            kl = ppo.full_kl_per_token(logits, ref_logits, mask)
+            kl = ppo.full_kl_per_token(logits, ref_logits, mask, temperature)
         else:
             kl = ppo.kl_per_token(logprobs, ref_logprobs, self.config.kl_penalty)
         return logprobs, ref_logprobs, torch.where(mask, values, 0.0), kl
 
-    def _forward(self, policy, rollout, rows):
-        ids, attention, width = rollout.input_ids[rows], rollout.attention_mask[rows], rollout.mask.shape[1]
-        logits, values = policy(ids, attention, width)
-        return self._tempered(logits), values
-
     def _reference_logits(self, rollout, rows):
-        ids, attention, width = rollout.input_ids[rows], rollout.attention_mask[rows], rollout.mask.shape[1]
         if self.ref_model is not None:
-            return self._tempered(response_logits(self.ref_model, ids, attention, width))
+            return response_logits(self.ref_model, *rollout.inputs(rows))
         with self.model.adapters_off():
-            return self._tempered(response_logits(self.model.pretrained_model, ids, attention, width))
-
-    def _tempered(self, logits):
-        return logits if self.config.temperature == 1.0 else logits.float() / self.config.temperature
+            return response_logits(self.model.pretrained_model, *rollout.inputs(rows))
 
     def _optimize(self, rollout):
         """All epochs of one step. Returns the stats of every minibatch, a list of dicts."""
@@ -283,8 +277,8 @@ class PPOTrainer:
         old_logprobs, old_values = rollout.logprobs[rows], rollout.values[rows]
         advantages, returns = rollout.advantages[rows], rollout.returns[rows]
 
-        logits, values = self._forward(self.policy, rollout, rows)
-        logprobs = ppo.logprobs_from_logits(logits, rollout.response_ids[rows], mask)
+        logits, values = self.policy(*rollout.inputs(rows))
+        logprobs = ppo.logprobs_from_logits(logits, rollout.response_ids[rows], mask, config.temperature)
         policy_losses, policy_clipped = ppo.policy_losses(logprobs, old_logprobs, advantages, config.cliprange)
         value_losses, value_clipped = ppo.value_losses(values, old_values, returns, config.cliprange_value)
         policy_loss, value_loss = ppo.masked_mean(policy_losses, mask), ppo.masked_mean(value_losses, mask)
@@ -297,7 +291,7 @@ class PPOTrainer:
                 "loss/policy": policy_loss.item(),
                 "loss/value": value_loss.item(),
                 "loss/total": loss.item(),
-                "policy/entropy": mean(ppo.entropy_from_logits(logits, mask)),
+                "policy/entropy": mean(ppo.entropy_from_logits(logits, mask, config.temperature)),
                 "policy/approxkl": 0.5 * mean((logprobs - old_logprobs) ** 2),
                 "policy/policykl": mean(old_logprobs - logprobs),
                 "policy/clipfrac": mean(policy_clipped.float()),

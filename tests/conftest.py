@@ -1,0 +1,46 @@
+"""Fixtures that several files of unit tests share: everything is made here, nothing is downloaded."""
+
+import pytest
+import torch
+
+from tests import tiny
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Models this small are fastest, and bitwise reproducible, on one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory):
+    """A tiny Llama with its tokenizer, as `from_pretrained` wants it."""
+    folder = tmp_path_factory.mktemp("llama")
+    tiny.llama(hidden_size=64).to(torch.bfloat16).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def nf4(llama_folder):
+    """A function that makes a new tiny 4-bit NF4 Llama, frozen, or with LoRA adapters if `targets` are named."""
+
+    def make(targets=("q_proj", "v_proj"), **lora):
+        lm = tiny.nf4_llama(llama_folder)
+        return tiny.with_lora(lm, targets, **lora) if targets else lm
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def reward_folders(tmp_path_factory):
+    """Folders of tiny BERT classifiers by number of labels: 1, 2 and 3."""
+    folders = {}
+    for labels in (1, 2, 3):
+        folders[labels] = tmp_path_factory.mktemp(f"reward{labels}")
+        tiny.bert(labels).save_pretrained(folders[labels])
+        tiny.bert_tokenizer().save_pretrained(folders[labels])
+    return folders
