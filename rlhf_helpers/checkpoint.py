@@ -59,18 +59,20 @@ def load_checkpoint(trainer, folder):
     try:
         about = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "trainer.safetensors")
-        history = read_jsonl(folder / "history.jsonl") if about["steps_done"] else []
-        random_state = about["python_random"]
+        version, processes, steps_done, kl_coef, random_state = (
+            about[name] for name in ("version", "num_processes", "steps_done", "kl_coef", "python_random")
+        )
+        history = read_jsonl(folder / "history.jsonl") if steps_done else []
         python_state = (random_state[0], tuple(random_state[1]), random_state[2])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(f"{folder}: damaged checkpoint: {str(error).splitlines()[0]}") from error
-    if about["version"] != VERSION:
-        raise ValueError(f"{folder}: checkpoint of version {about['version']}; expected {VERSION}")
-    if about["num_processes"] != trainer.accelerator.num_processes:
-        raise ValueError(f"{folder}: written by {about['num_processes']} processes; expected {trainer.accelerator.num_processes}")
+    if version != VERSION:
+        raise ValueError(f"{folder}: checkpoint of version {version}; expected {VERSION}")
+    if processes != trainer.accelerator.num_processes:
+        raise ValueError(f"{folder}: written by {processes} processes; expected {trainer.accelerator.num_processes}")
     expected = tensors_of(trainer, with_adam=False)
     for name, tensor in expected.items():
-        if name.startswith("param.") and (name not in tensors or tensors[name].shape != tensor.shape):
+        if name != "random.cuda" and (name not in tensors or tensors[name].shape != tensor.shape):
             found = tuple(tensors[name].shape) if name in tensors else "missing"
             raise ValueError(f"{folder}: tensor {name} is {found}; expected {tuple(tensor.shape)}: another model's checkpoint?")
     extra = [name for name in tensors if name.startswith("param.") and name not in expected]
@@ -92,7 +94,7 @@ def load_checkpoint(trainer, folder):
     numpy_state = tensors["random.numpy"].numpy().astype(np.uint32)
     np.random.set_state(("MT19937", numpy_state[:-1], int(numpy_state[-1])))
     random.setstate(python_state)
-    trainer.steps_done, trainer.kl_coef, trainer.history = about["steps_done"], about["kl_coef"], history
+    trainer.steps_done, trainer.kl_coef, trainer.history = steps_done, kl_coef, history
 
 
 def trained(trainer):

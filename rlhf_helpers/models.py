@@ -197,7 +197,9 @@ class PolicyWithValueHead(nn.Module):
 
     def enable_gradient_checkpointing(self):
         """Trade time for memory: keep one activation per layer and compute the others again in backward."""
-        self.pretrained_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        lm = self.pretrained_model
+        enable = getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)  # its name since transformers 5.23
+        enable({"use_reentrant": False})
         self.pretrained_model.enable_input_require_grads()
 
     @contextlib.contextmanager

@@ -114,6 +114,29 @@ def draw_tokens(figure, axis, tokens, numbers, title, per_line=13):
     figure.colorbar(image, ax=axis, fraction=0.02, pad=0.01).ax.tick_params(labelsize=6)
 
 
+def logprob_changes(advantages, before, after, bins=8):
+    """What an update did: the change of each sampled token's log-prob against its advantage, a dot a token, and the mean
+    with its 95 % interval in `bins` groups of equally many tokens. All three are 1-D."""
+    advantages, before, after = (np.asarray(x, dtype=float) for x in (advantages, before, after))
+    change = after - before
+    figure, axes = new_figure(size=(6, 3))
+    axis = axes[0, 0]
+    axis.plot(advantages, change, ".", color=GREY, alpha=0.35, markersize=4, label="one token")
+    groups = np.array_split(np.argsort(advantages), bins)
+    centres = [advantages[group].mean() for group in groups]
+    means = [change[group].mean() for group in groups]
+    errors = [1.96 * change[group].std(ddof=1) / len(group) ** 0.5 for group in groups]
+    axis.errorbar(centres, means, errors, color=ORANGE, marker="o", markersize=5, linewidth=1.5, label=f"mean of {len(groups[0])} tokens")
+    axis.axhline(0, color="black", linewidth=0.6)
+    axis.axvline(0, color="black", linewidth=0.6)
+    width = 1.3 * np.quantile(np.abs(change), 0.97)
+    axis.set(ylim=(-width, width))
+    axis.set_xlabel("advantage (whitened)", fontsize=8)
+    axis.set_ylabel("log-prob after - before", fontsize=8)
+    axis.legend(fontsize=7, frameon=False)
+    return figure
+
+
 # ---------------------------------------------------------------- runs
 
 
@@ -203,4 +226,36 @@ def clipped_objective(cliprange=0.2, ratios=None, advantages=None):
         axis.set_title(name, fontsize=8)
         axis.set_xlabel("ratio", fontsize=8)
     axes[0, 0].set_ylabel("loss", fontsize=8)
+    return figure
+
+
+def before_after(numbers):
+    """{name: (before, after)} of the same prompts: a panel each, a dot a prompt, above the diagonal where it went up."""
+    figure, axes = new_figure(1, len(numbers), size=(3.3 * len(numbers), 3))
+    for axis, (name, pair) in zip(axes[0], numbers.items()):
+        before, after = (np.asarray(x, dtype=float) for x in pair)
+        low, high = min(before.min(), after.min()), max(before.max(), after.max())
+        up = after > before
+        axis.plot([low, high], [low, high], color=GREY, linewidth=0.8, linestyle=":")
+        axis.plot(before[up], after[up], "o", color=BLUE, markersize=4, alpha=0.7, label=f"went up: {up.sum()}")
+        axis.plot(before[~up], after[~up], "s", color=ORANGE, markersize=4, alpha=0.8, label=f"did not: {(~up).sum()}")
+        axis.set_title(name, fontsize=9)
+        axis.set_xlabel("before", fontsize=8)
+        axis.set_ylabel("after", fontsize=8)
+        axis.legend(fontsize=7, frameon=False)
+    return figure
+
+
+def stacked_bars(table, label):
+    """One horizontal bar for each row of a DataFrame, its columns stacked, the total at its end."""
+    figure, axes = new_figure(size=(7, 0.42 * len(table) + 0.9))
+    axis, left = axes[0, 0], np.zeros(len(table))
+    for colour, name in zip((BLUE, ORANGE, GREEN, RED, GREY), table.columns):
+        axis.barh(table.index, table[name], left=left, color=colour, label=name, height=0.65)
+        left += table[name].to_numpy()
+    for row, total in enumerate(left):
+        axis.text(total, row, f" {total:.0f}", va="center", fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel(label, fontsize=8)
+    axis.legend(fontsize=7, frameon=False, loc="lower right")
     return figure

@@ -46,6 +46,7 @@ class RewardModel:
             raise ValueError(f"{FORMAT_FILE}: join is {join!r}; expected one of {', '.join(JOINS)}")
         self.model, self.tokenizer, self.join = model.float().eval().requires_grad_(False), tokenizer, join
         self.mean, self.std, self.max_length, self.batch_size = mean, std, max_length, batch_size
+        tokenizer.padding_side = "right"  # on the left, pads would shift the text: an encoder counts its positions from there
         if tokenizer.pad_token_id is not None:
             self.model.config.pad_token_id = tokenizer.pad_token_id
 

@@ -44,7 +44,7 @@ def sample(lm, queries, max_new_tokens, eos_id, pad_id, temperature=1.0, generat
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=torch.tensor([tokens.shape[1] - 1], device=device),  # the number 1 would copy the head B times
         )
         cache, logits = out.past_key_values, out.logits[:, -1] / temperature
         tokens = logits.argmax(-1, keepdim=True) if greedy else draw(logits, generator)

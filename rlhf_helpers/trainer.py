@@ -278,6 +278,7 @@ class PPOTrainer:
         advantages, returns = rollout.advantages[rows], rollout.returns[rows]
 
         logits, values = self.policy(*rollout.inputs(rows))
+        values = torch.where(mask, values, 0.0)
         logprobs = ppo.logprobs_from_logits(logits, rollout.response_ids[rows], mask, config.temperature)
         policy_losses, policy_clipped = ppo.policy_losses(logprobs, old_logprobs, advantages, config.cliprange)
         value_losses, value_clipped = ppo.value_losses(values, old_values, returns, config.cliprange_value)
@@ -398,6 +399,7 @@ class PPOTrainer:
         for name in arrays:
             stats[f"ppo/{name}"] = np.concatenate([update[name] for update in updates])
         steps = [update for update in updates if "grad_norm" in update]
+        stats["ppo/policy/first_ratio_error"] = float(np.abs(updates[0]["policy/ratio"] - 1).max())  # 0: nothing moved yet
         stats["ppo/grad_norm"] = sum(update["grad_norm"] for update in steps) / len(steps)
         stats["ppo/skipped_updates"] = sum(update["skipped"] for update in steps)
         returns_var = stats["ppo/returns/var"]

@@ -1,0 +1,148 @@
+"""The doctor: reads the stats of a run and says what is unhealthy, one line each: symptom with its number, likely cause, what
+to try. Thresholds follow TRL's former guide to PPO training and the sources named beside them; those marked *h* are rules of
+thumb from runs of this course."""
+
+from dataclasses import dataclass
+from statistics import mean, median
+
+RECENT = 5  # steps that count as "now"
+
+
+@dataclass
+class Finding:
+    """One symptom of a run."""
+
+    symptom: str
+    cause: str
+    remedy: str
+
+    def __str__(self):
+        return f"{self.symptom}. Likely: {self.cause}. Try: {self.remedy}."
+
+
+def examine(history):
+    """The findings about a run, a list of Finding, empty for a healthy one. `history` is PPOTrainer.history."""
+    if not history:
+        return []
+    run = Run(history)
+    return [Finding(symptom, cause, remedy) for rule, cause, remedy in RULES if (symptom := rule(run))]
+
+
+class Run:
+    """Look-ups in a history, a list of dicts of scalar stats."""
+
+    def __init__(self, history):
+        self.history = history
+
+    def series(self, key):
+        return [row[key] for row in self.history if key in row and row[key] == row[key]]  # without NaN
+
+    def first(self, key, n=RECENT):
+        return mean(self.series(key)[:n] or [0.0])
+
+    def now(self, key):
+        return mean(self.series(key)[-RECENT:] or [0.0])
+
+    def __len__(self):
+        return len(self.history)
+
+
+def kl_at_start(run):
+    kl = run.history[0]["objective/kl"]
+    if run.history[0]["step"] == 1 and abs(kl) > 1e-3:
+        return f"KL is {kl:+.4f} at the first step, before anything was learnt"
+
+
+def kl_negative(run):
+    if len(run) >= RECENT and (kl := run.now("objective/kl")) < -1:
+        return f"KL is {kl:+.2f} nats over the last {RECENT} steps, and a KL divergence cannot be negative"
+
+
+def kl_high(run):
+    if (kl := run.now("objective/kl")) > 10:
+        return f"KL is {kl:.1f} nats a response, above 10"
+
+
+def first_ratio(run):
+    if (off := max(run.series("ppo/policy/first_ratio_error") or [0.0])) > 1e-2:  # h
+        return f"the first ratio of a step is off 1 by {off:.3f}, before any update"
+
+
+def ratio_extreme(run):
+    ratio = max(run.series("ppo/policy/ratio_mean") or [1.0], key=lambda r: max(r, 1 / max(r, 1e-9)))
+    if ratio > 2 or ratio < 0.1:
+        return f"the mean ratio reached {ratio:.2f}, outside 0.1 to 2"
+
+
+def policy_moves_far(run):
+    if (kl := max(run.series("ppo/policy/policykl") or [0.0])) > 0.1:
+        return f"one step moved the policy by {kl:.2f} nats a token, above 0.1"
+
+
+def clipped_often(run):
+    if (frac := run.now("ppo/policy/clipfrac")) > 0.3:  # h
+        return f"{frac:.0%} of the tokens are clipped, above 30 %"
+
+
+def value_useless(run):
+    if len(run) >= 20 and (explained := run.now("ppo/val/var_explained")) <= 0:  # h
+        return f"after {len(run)} steps the value head explains {explained:.2f} of the variance of the returns"
+
+
+def value_spike(run):
+    losses = run.series("ppo/loss/value")
+    if len(losses) >= RECENT and max(losses) > 10 * max(median(losses), 1e-3):
+        return f"the value loss jumped to {max(losses):.2f}; its median is {median(losses):.3f}"
+
+
+def scores_alike(run):
+    if (std := run.now("ppo/std_scores")) < 1e-3:  # h
+        return f"the scores of a batch differ by {std:.1g}: there is nothing to learn from"
+
+
+def never_ends(run):
+    start, now = run.first("tokens/responses_eos_frac"), run.now("tokens/responses_eos_frac")
+    if start >= 0.2 and now < start / 4:  # h
+        return f"the share of responses that end by themselves fell from {start:.0%} to {now:.0%}"
+
+
+def gets_short(run):
+    start, now = run.first("tokens/responses_len_mean"), run.now("tokens/responses_len_mean")
+    if now < 0.3 * start:  # h
+        return f"responses shrank from {start:.0f} to {now:.0f} tokens"
+
+
+def entropy_gone(run):
+    start, now = run.first("ppo/policy/entropy"), run.now("ppo/policy/entropy")
+    if now < 0.3 * start:  # h
+        return f"entropy fell from {start:.2f} to {now:.2f} nats a token"
+
+
+def skipped(run):
+    if count := sum(run.series("ppo/skipped_updates")):
+        return f"{count:.0f} updates were left out: their loss, gradient or ratio was beyond all bounds"
+
+
+def coefficient_climbs(run):
+    coefficients = run.series("objective/kl_coef")
+    if coefficients[0] > 0 and coefficients[-1] > 3 * coefficients[0]:  # h
+        return f"kl_coef climbed from {coefficients[0]:.3f} to {coefficients[-1]:.3f}"
+
+
+RULES = [
+    (kl_at_start, "another dtype or adapter in the reference, or dropout", "ref_model=None, or a reference loaded as the policy is"),
+    (kl_negative, "sampling from another distribution than the one scored (top_k, temperature, min length)", "PPOTrainer.generate"),
+    (kl_high, "the penalty is too cheap, or the learning rate too high", "a larger init_kl_coef, a smaller learning_rate"),
+    (first_ratio, "dropout, other shapes, padding or temperature between the two passes", "the same forward pass for both"),
+    (ratio_extreme, "steps too large", "fewer ppo_epochs, a smaller learning_rate"),
+    (policy_moves_far, "too many or too large updates on one batch", "early_stopping=True, fewer ppo_epochs"),
+    (clipped_often, "too many or too large updates on one batch", "a smaller learning_rate, fewer ppo_epochs"),
+    (value_useless, "the value head cannot follow", "standardised scores, a larger cliprange_value or value_learning_rate"),
+    (value_spike, "a score on another scale than the rest", "score_clip, standardised scores"),
+    (scores_alike, "a saturated reward model, or one that reads the wrong text", "look at the texts it scores; use the logit"),
+    (never_ends, "EOS is masked, or never paid for", "masks from lengths, a reward that reads the end"),
+    (gets_short, "the KL of a token costs more than the score brings", "a smaller init_kl_coef; check the sign of the score"),
+    (entropy_gone, "reward hacking: one text for every prompt", "a larger init_kl_coef; read the samples"),
+    (skipped, "a score or a learning rate that is far too large", "score_clip, max_grad_norm, a smaller learning_rate"),
+    (coefficient_climbs, "the controller runs after a KL that does not obey", "a smaller learning_rate; read the samples"),
+]  # fmt: skip
