@@ -18,6 +18,7 @@ from rlhf_helpers.checkpoint import load_checkpoint, save_checkpoint
 from rlhf_helpers.models import PolicyWithValueHead, encode_prompt, is_4bit, response_logits
 from rlhf_helpers.rollout import collate, fill_advantages, fill_rewards
 from rlhf_helpers.sampling import MergedCopy, can_merge, sample
+from rlhf_helpers.stats import minibatch_stats, step_stats
 
 # What `generate` takes so that calls written for TRL keep working; any other value would change what is sampled.
 NEUTRAL = {
@@ -179,7 +180,8 @@ class PPOTrainer:
         collected = time.perf_counter()
         updates = self._optimize(rollout)
         optimized = time.perf_counter()
-        stats = self._stats(rollout, updates)
+        stats = step_stats(rollout, updates, self.kl_coef, self.tokenizer.eos_token_id)
+        stats |= {"ppo/learning_rate": self.config.learning_rate, **self._times}
         if self.config.adap_kl_ctrl:
             n_samples = self.config.batch_size * self.accelerator.num_processes
             self.kl_coef = ppo.next_kl_coef(self.kl_coef, stats["objective/kl"], self.config.target, self.config.horizon, n_samples)
@@ -286,28 +288,16 @@ class PPOTrainer:
         loss = policy_loss + config.vf_coef * value_loss
 
         with torch.no_grad():
-            mean = lambda x: ppo.masked_mean(x, mask).item()
-            ratio = ppo.policy_ratio(logprobs, old_logprobs)
-            stats = {
-                "loss/policy": policy_loss.item(),
-                "loss/value": value_loss.item(),
-                "loss/total": loss.item(),
-                "policy/entropy": mean(ppo.entropy_from_logits(logits, mask, config.temperature)),
-                "policy/approxkl": 0.5 * mean((logprobs - old_logprobs) ** 2),
-                "policy/policykl": mean(old_logprobs - logprobs),
-                "policy/clipfrac": mean(policy_clipped.float()),
-                "policy/advantages_mean": mean(advantages),
-                "policy/ratio_mean": mean(ratio),
-                "policy/advantages": advantages[mask].cpu().numpy(),
-                "policy/ratio": ratio[mask].cpu().numpy(),
-                "returns/mean": mean(returns),
-                "returns/var": ppo.masked_var(returns, mask).item(),
-                "val/vpred": mean(values),
-                "val/error": mean((values - returns) ** 2),
-                "val/clipfrac": mean(value_clipped.float()),
-                "val/mean": mean(old_values),
-                "val/var": ppo.masked_var(old_values, mask).item(),
-            }
+            stats = minibatch_stats(
+                losses=(policy_loss, value_loss, loss),
+                clipped=(policy_clipped, value_clipped),
+                entropy=ppo.entropy_from_logits(logits, mask, config.temperature),
+                logprobs=(logprobs, old_logprobs),
+                values=(values, old_values),
+                advantages=advantages,
+                returns=returns,
+                mask=mask,
+            )
         return loss, stats
 
     def _require_gradients(self):
@@ -363,46 +353,3 @@ class PPOTrainer:
                 raise ValueError(f"{name} {row} has token id {wrong}; expected 0 to {vocabulary - 1}")
             checked.append(ids.long())
         return checked
-
-    # ------------------------------------------------------------ stats
-
-    def _stats(self, rollout, updates):
-        """TRL 0.11's stats of one step: floats, and numpy arrays for distributions. `ppo/*` are means over minibatches."""
-        mask, lengths = rollout.mask, rollout.lengths
-        kl = torch.where(mask, rollout.kl, 0.0).sum(1)
-        query_lengths = torch.tensor([len(q) for q in rollout.queries], dtype=torch.float32)
-        response_lengths = lengths.float().cpu()
-        std = lambda x: x.std().item() if len(x) > 1 else 0.0
-        ended = [self.tokenizer.eos_token_id in response for response in rollout.responses]
-        stats = {
-            "objective/kl": kl.mean().item(),
-            "objective/kl_dist": kl.cpu().numpy(),
-            "objective/logprobs": rollout.logprobs.cpu().numpy(),
-            "objective/ref_logprobs": rollout.ref_logprobs.cpu().numpy(),
-            "objective/kl_coef": self.kl_coef,
-            "objective/entropy": -rollout.logprobs.sum(1).mean().item(),
-            "ppo/mean_non_score_reward": ppo.masked_mean(rollout.non_score_rewards, mask).item(),
-            "ppo/mean_scores": rollout.scores.mean().item(),
-            "ppo/std_scores": std(rollout.scores),
-            "tokens/queries_len_mean": query_lengths.mean().item(),
-            "tokens/queries_len_std": std(query_lengths),
-            "tokens/queries_dist": query_lengths.numpy(),
-            "tokens/responses_len_mean": response_lengths.mean().item(),
-            "tokens/responses_len_std": std(response_lengths),
-            "tokens/responses_dist": response_lengths.numpy(),
-            "tokens/responses_eos_frac": sum(ended) / len(ended),
-        }
-        arrays = ("policy/advantages", "policy/ratio")
-        for name in updates[0]:
-            if name not in ("grad_norm", "skipped", *arrays):
-                stats[f"ppo/{name}"] = sum(update[name] for update in updates) / len(updates)
-        for name in arrays:
-            stats[f"ppo/{name}"] = np.concatenate([update[name] for update in updates])
-        steps = [update for update in updates if "grad_norm" in update]
-        stats["ppo/policy/first_ratio_error"] = float(np.abs(updates[0]["policy/ratio"] - 1).max())  # 0: nothing moved yet
-        stats["ppo/grad_norm"] = sum(update["grad_norm"] for update in steps) / len(steps)
-        stats["ppo/skipped_updates"] = sum(update["skipped"] for update in steps)
-        returns_var = stats["ppo/returns/var"]
-        stats["ppo/val/var_explained"] = 1 - stats["ppo/val/error"] / returns_var if returns_var else math.nan
-        stats["ppo/learning_rate"] = self.config.learning_rate
-        return {**stats, **self._times}

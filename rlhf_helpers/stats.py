@@ -1,0 +1,80 @@
+"""The stats of a step under TRL 0.11's keys (its logging guide says what each means): floats, and numpy arrays for distributions.
+Ours in addition: ppo/policy/ratio_mean and first_ratio_error, ppo/grad_norm, ppo/skipped_updates, tokens/responses_eos_frac."""
+
+import math
+
+import numpy as np
+import torch
+
+from rlhf_helpers import ppo
+
+ARRAYS = ("policy/advantages", "policy/ratio")
+
+
+def minibatch_stats(losses, clipped, entropy, logprobs, values, advantages, returns, mask):
+    """A dict of one minibatch: floats (means over its tokens), and the arrays of ARRAYS over its tokens.
+
+    `losses` (policy, value, total) are scalars; `clipped` (policy, value), `logprobs` and `values` (new, old) are pairs of
+    (B, T) tensors, the rest (B, T)."""
+    mean = lambda x: ppo.masked_mean(x, mask).item()
+    (policy_loss, value_loss, loss), (policy_clipped, value_clipped) = losses, clipped
+    (new_logprobs, old_logprobs), (new_values, old_values) = logprobs, values
+    ratio = ppo.policy_ratio(new_logprobs, old_logprobs)
+    return {
+        "loss/policy": policy_loss.item(),
+        "loss/value": value_loss.item(),
+        "loss/total": loss.item(),
+        "policy/entropy": mean(entropy),
+        "policy/approxkl": 0.5 * mean((new_logprobs - old_logprobs) ** 2),
+        "policy/policykl": mean(old_logprobs - new_logprobs),
+        "policy/clipfrac": mean(policy_clipped.float()),
+        "policy/advantages_mean": mean(advantages),
+        "policy/ratio_mean": mean(ratio),
+        "policy/advantages": advantages[mask].cpu().numpy(),
+        "policy/ratio": ratio[mask].cpu().numpy(),
+        "returns/mean": mean(returns),
+        "returns/var": ppo.masked_var(returns, mask).item(),
+        "val/vpred": mean(new_values),
+        "val/error": mean((new_values - returns) ** 2),
+        "val/clipfrac": mean(value_clipped.float()),
+        "val/mean": mean(old_values),
+        "val/var": ppo.masked_var(old_values, mask).item(),
+    }
+
+
+def step_stats(rollout, updates, kl_coef, eos_id):
+    """The dict of one step, from its Rollout and the list of its minibatches' stats. `ppo/*` are means over minibatches."""
+    mask, lengths = rollout.mask, rollout.lengths.float().cpu()
+    kl = torch.where(mask, rollout.kl, 0.0).sum(1)
+    query_lengths = torch.tensor([len(query) for query in rollout.queries], dtype=torch.float32)
+    std = lambda x: x.std().item() if len(x) > 1 else 0.0
+    ended = [eos_id in response for response in rollout.responses]
+    stats = {
+        "objective/kl": kl.mean().item(),
+        "objective/kl_dist": kl.cpu().numpy(),
+        "objective/logprobs": rollout.logprobs.cpu().numpy(),
+        "objective/ref_logprobs": rollout.ref_logprobs.cpu().numpy(),
+        "objective/kl_coef": kl_coef,
+        "objective/entropy": -rollout.logprobs.sum(1).mean().item(),
+        "ppo/mean_non_score_reward": ppo.masked_mean(rollout.non_score_rewards, mask).item(),
+        "ppo/mean_scores": rollout.scores.mean().item(),
+        "ppo/std_scores": std(rollout.scores),
+        "tokens/queries_len_mean": query_lengths.mean().item(),
+        "tokens/queries_len_std": std(query_lengths),
+        "tokens/queries_dist": query_lengths.numpy(),
+        "tokens/responses_len_mean": lengths.mean().item(),
+        "tokens/responses_len_std": std(lengths),
+        "tokens/responses_dist": lengths.numpy(),
+        "tokens/responses_eos_frac": sum(ended) / len(ended),
+    }
+    steps = [update for update in updates if "grad_norm" in update]  # the last minibatch of each optimizer step
+    for name in [name for name in updates[0] if name not in ("grad_norm", "skipped", *ARRAYS)]:
+        stats[f"ppo/{name}"] = sum(update[name] for update in updates) / len(updates)
+    for name in ARRAYS:
+        stats[f"ppo/{name}"] = np.concatenate([update[name] for update in updates])
+    stats["ppo/policy/first_ratio_error"] = float(np.abs(updates[0]["policy/ratio"] - 1).max())  # 0: nothing moved yet
+    stats["ppo/grad_norm"] = sum(update["grad_norm"] for update in steps) / len(steps)
+    stats["ppo/skipped_updates"] = sum(update["skipped"] for update in steps)
+    returns_var = stats["ppo/returns/var"]
+    stats["ppo/val/var_explained"] = 1 - stats["ppo/val/error"] / returns_var if returns_var else math.nan
+    return stats
