@@ -100,6 +100,8 @@ def run(options):
     output = Path(options.output)
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output}: is a file; expected a folder")
+    if options.resume and not (Path(options.resume) / "trainer.json").is_file():
+        raise ValueError(f"--resume {options.resume}: no checkpoint here; expected a folder made by an earlier run")
 
     from rlhf_helpers.evaluation import evaluate
     from rlhf_helpers.models import load_policy, resolve

@@ -78,6 +78,10 @@ def load_checkpoint(trainer, folder):
     extra = [name for name in tensors if name.startswith("param.") and name not in expected]
     if extra:
         raise ValueError(f"{folder}: tensor {extra[0]} belongs to no trainable parameter here: another model's checkpoint?")
+    for name, tensor in tensors.items():
+        kind, _, parameter = name.partition(".")[2].partition(".") if name.startswith("adam.") else ("", "", "")
+        if kind.startswith("exp_avg") and tensor.shape != expected[f"param.{parameter}"].shape:
+            raise ValueError(f"{folder}: tensor {name} is {tuple(tensor.shape)}; expected {tuple(expected[f'param.{parameter}'].shape)}")
 
     state = {}
     with torch.no_grad():

@@ -31,6 +31,8 @@ def read_jsonl(path, required=()):
                 raise ValueError(f"{where}: no field {name!r}; expected {_names(required)}")
             if not isinstance(record[name], str):
                 raise ValueError(f"{where}: field {name!r} is {record[name]!r}; expected a string")
+            if any("\ud800" <= letter <= "\udfff" for letter in record[name]):
+                raise ValueError(f"{where}: field {name!r} has half of a surrogate pair; expected text")
             if not record[name].strip():
                 raise ValueError(f"{where}: field {name!r} is empty; expected some text")
         records.append(record)

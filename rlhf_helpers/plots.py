@@ -218,8 +218,11 @@ def clipped_objective(cliprange=0.2, ratios=None, advantages=None):
         loss = np.maximum(-sign * grid, -sign * grid.clip(1 - cliprange, 1 + cliprange))
         axis.plot(grid, loss, color=BLUE, linewidth=1.6)
         axis.plot(grid, -sign * grid, color=GREY, linewidth=0.8, linestyle=":")
-        for edge in (1 - cliprange, 1 + cliprange):
-            axis.axvline(edge, color=GREY, linewidth=0.6)
+        edge = 1 + sign * cliprange
+        flat = (edge, grid[-1]) if sign > 0 else (grid[0], edge)
+        axis.axvspan(*flat, color=GREY, alpha=0.15, linewidth=0)
+        axis.text(np.mean(flat), 0.75, "clipped:\nno gradient", ha="center", fontsize=7, transform=axis.get_xaxis_transform())
+        axis.axvline(1, color=GREY, linewidth=0.6)
         if ratios is not None:
             some = np.asarray(ratios)[np.sign(np.asarray(advantages)) == sign]
             axis.plot(some, np.maximum(-sign * some, -sign * some.clip(1 - cliprange, 1 + cliprange)), ".", color=ORANGE, markersize=4)

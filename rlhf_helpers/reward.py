@@ -63,7 +63,9 @@ class RewardModel:
             if not any(name.endswith("ForSequenceClassification") for name in architectures):
                 raise ValueError(f"architecture is {', '.join(architectures) or 'not given'}, not a ...ForSequenceClassification")
             how = json.loads((folder / FORMAT_FILE).read_text(encoding="utf-8")) if (folder / FORMAT_FILE).is_file() else {}
-            model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+            model, info = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+            if info["missing_keys"]:  # transformers would fill them with random numbers
+                raise ValueError(f"no weights for {sorted(info['missing_keys'])[0]}")
             tokenizer = AutoTokenizer.from_pretrained(folder)
             return cls(model.to(device_and_dtype()[0]), tokenizer, **how)
         except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:

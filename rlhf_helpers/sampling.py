@@ -64,6 +64,8 @@ def can_merge(lm):
     if not isinstance(lm, PeftModel):
         return True
     config = lm.active_peft_config
+    if any(name.endswith(".base_layer") and not hasattr(layer, "in_features") for name, layer in lm.named_modules()):
+        return False  # LoRA on an embedding
     return config.peft_type == "LORA" and len(lm.active_adapters) == 1 and not (config.use_dora or config.modules_to_save)
 
 

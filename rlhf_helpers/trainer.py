@@ -53,6 +53,8 @@ class PPOTrainer:
             ref_model = copy.deepcopy(model.pretrained_model)
         if isinstance(ref_model, PolicyWithValueHead):
             ref_model = ref_model.pretrained_model
+        if ref_model is model.pretrained_model:
+            raise ValueError("ref_model is the policy itself; expected None (its adapters switched off) or another model")
         self.ref_model = None if ref_model is None else self._frozen(ref_model)
 
         policy_params = [p for p in model.pretrained_model.parameters() if p.requires_grad]

@@ -21,13 +21,14 @@ from rlhf_helpers.trainer import PPOTrainer
 V, PAD, EOS, BOS, UNK = 128, 0, 1, 2, 3
 
 
-def tokenizer(padding_side="left", pad="t0"):
-    """Words t0 .. t127: id n is the word tn."""
-    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(V)}, unk_token="t3"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token=pad, eos_token="t1", bos_token="t2", unk_token="t3", padding_side=padding_side
+def tokenizer(padding_side="left", special=("<pad>", "<eos>", "<bos>", "<unk>")):
+    """Four special tokens, then the words t4 .. t127: id n is the word tn."""
+    words = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate([*special, *(f"t{i}" for i in range(4, V))])}, unk_token=special[3])
     )
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    names = dict(zip(("pad_token", "eos_token", "bos_token", "unk_token"), special))
+    return PreTrainedTokenizerFast(tokenizer_object=words, padding_side=padding_side, **names)
 
 
 def llama(seed=0, **options):
@@ -35,20 +36,32 @@ def llama(seed=0, **options):
     sizes = dict(vocab_size=V, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
     sizes |= dict(num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True, initializer_range=0.2)
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**sizes | dict(pad_token_id=PAD, eos_token_id=EOS, bos_token_id=BOS) | options)).float().eval()
+    return (
+        LlamaForCausalLM(LlamaConfig(**sizes | dict(pad_token_id=PAD, eos_token_id=EOS, bos_token_id=BOS) | options))
+        .float()
+        .eval()
+    )
 
 
 def gpt2(seed=0, **options):
     """A GPT-2 of two layers: learned absolute positions, where Llama has rotary ones."""
     sizes = dict(vocab_size=V, n_positions=128, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2)
     torch.manual_seed(seed)
-    return GPT2LMHeadModel(GPT2Config(**sizes | dict(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD) | options)).float().eval()
+    return (
+        GPT2LMHeadModel(GPT2Config(**sizes | dict(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD) | options))
+        .float()
+        .eval()
+    )
 
 
 def nf4_llama(folder):
     """The Llama of a folder in 4-bit NF4, as bitsandbytes gives it: not yet wrapped, not yet protected."""
     lm = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, quantization_config=quantization_config(), device_map={"": "cpu"}, attn_implementation="eager"
+        folder,
+        dtype=torch.bfloat16,
+        quantization_config=quantization_config(),
+        device_map={"": "cpu"},
+        attn_implementation="eager",
     )
     return lm.requires_grad_(False).eval()
 
@@ -108,6 +121,7 @@ def bert(labels=1, seed=0):
     torch.manual_seed(seed)
     sizes = dict(vocab_size=len(WORDS), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
     options = dict(max_position_embeddings=64, num_labels=labels, pad_token_id=0, initializer_range=0.3)
+    options |= dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     return BertForSequenceClassification(BertConfig(**sizes, **options)).eval()
 
 
@@ -118,5 +132,8 @@ def bert_tokenizer(padding_side="right"):
     words.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     special = dict(pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]")
     return PreTrainedTokenizerFast(
-        tokenizer_object=words, padding_side=padding_side, model_input_names=["input_ids", "token_type_ids", "attention_mask"], **special
+        tokenizer_object=words,
+        padding_side=padding_side,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        **special,
     )

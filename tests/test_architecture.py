@@ -1,0 +1,80 @@
+"""The floors of the package: imports point down only, and heavy libraries stay in their rooms."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import rlhf_helpers
+
+FLOORS = {
+    0: ("config", "data", "gold", "ppo", "assets"),
+    1: ("models", "sampling"),
+    2: ("reward", "rollout", "stats", "checkpoint"),
+    3: ("trainer", "evaluation", "plots", "check", "checks", "doctor"),
+    4: ("__main__",),
+}
+FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
+SAME_FLOOR = {("assets", "config"), ("models", "sampling"), ("sampling", "models")}  # what may be imported on one's own floor
+MODULES = {path.stem: path for path in Path(rlhf_helpers.__file__).parent.glob("*.py") if path.stem != "__init__"}
+
+
+def imports(path):
+    """The names of all modules that a file imports, at its top or inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "rlhf_helpers" else {node.module}
+    return names
+
+
+def own(path):
+    return {name.split(".")[1] for name in imports(path) if name.startswith("rlhf_helpers.")}
+
+
+def test_every_module_has_a_floor():
+    assert MODULES.keys() <= FLOOR.keys()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_down_only(module):
+    for other in own(MODULES[module]):
+        assert FLOOR[other] < FLOOR[module] or (module, other) in SAME_FLOOR, f"{module} imports {other}"
+
+
+def test_the_ground_floor_stands_by_itself():
+    assert {module: own(MODULES[module]) for module in FLOORS[0]} == {
+        "config": set(),
+        "data": set(),
+        "gold": set(),
+        "ppo": set(),
+        "assets": {"config"},
+    }
+
+
+def test_the_trainer_does_not_know_the_reward_model():
+    assert "reward" not in own(MODULES["trainer"])
+
+
+def test_no_module_imports_trl():
+    assert not {module for module, path in MODULES.items() for name in imports(path) if name.split(".")[0] == "trl"}
+
+
+def test_only_plots_imports_matplotlib_and_pandas():
+    users = {
+        module for module, path in MODULES.items() for name in imports(path) if name.split(".")[0] in ("matplotlib", "pandas")
+    }
+    assert users == {"plots"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_is_short_enough_to_read(module):
+    assert len(MODULES[module].read_text(encoding="utf-8").splitlines()) < 400
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_says_what_it_is(module):
+    assert ast.get_docstring(ast.parse(MODULES[module].read_text(encoding="utf-8")))

@@ -1,0 +1,121 @@
+"""PPOConfig and the profiles: TRL's defaults, and errors that name the field."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from rlhf_helpers import config
+from rlhf_helpers.config import CPU, GPU, PPO_FIELDS, PPOConfig, profile_named
+
+
+def test_the_defaults_are_those_of_trl_0_11():
+    trl = dict(
+        batch_size=128,
+        mini_batch_size=128,
+        gradient_accumulation_steps=1,
+        ppo_epochs=4,
+        learning_rate=1.41e-5,
+        gamma=1.0,
+        lam=0.95,
+        cliprange=0.2,
+        cliprange_value=0.2,
+        vf_coef=0.1,
+        init_kl_coef=0.2,
+        adap_kl_ctrl=True,
+        target=6.0,
+        horizon=10000.0,
+        kl_penalty="kl",
+        whiten_rewards=False,
+        score_clip=None,
+        early_stopping=False,
+        target_kl=1.0,
+        max_grad_norm=None,
+        ratio_threshold=10.0,
+        seed=0,
+        log_with=None,
+    )
+    assert {name: value for name, value in vars(PPOConfig()).items() if name in trl} == trl
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("batch_size", 0),
+        ("batch_size", 4.0),
+        ("batch_size", True),
+        ("mini_batch_size", -1),
+        ("ppo_epochs", 0),
+        ("max_new_tokens", 0),
+        ("gradient_accumulation_steps", "2"),
+        ("learning_rate", -1e-5),
+        ("learning_rate", float("nan")),
+        ("learning_rate", None),
+        ("cliprange", float("inf")),
+        ("vf_coef", -0.1),
+        ("init_kl_coef", -1),
+        ("gamma", 1.5),
+        ("lam", -0.1),
+        ("target", 0),
+        ("horizon", 0),
+        ("temperature", 0.0),
+        ("target_kl", -1.0),
+        ("ratio_threshold", 0),
+        ("score_clip", 0),
+        ("max_grad_norm", -1.0),
+        ("seed", -1),
+        ("kl_penalty", "k3"),
+        ("value_learning_rate", 0.0),
+    ],
+)
+def test_a_bad_value_is_refused_with_the_field_and_the_value(name, value):
+    with pytest.raises(ValueError) as error:
+        PPOConfig(**{name: value})
+    assert f"PPOConfig.{name} is {value!r}; expected " in str(error.value)
+
+
+def test_the_batch_must_divide_into_groups_of_minibatches():
+    assert PPOConfig(batch_size=8, mini_batch_size=2, gradient_accumulation_steps=4).batch_size == 8
+    with pytest.raises(ValueError, match=r"batch_size is 8; expected a multiple of .* = 3 x 1 = 3"):
+        PPOConfig(batch_size=8, mini_batch_size=3)
+    with pytest.raises(ValueError, match=r"= 2 x 3 = 6"):
+        PPOConfig(batch_size=8, mini_batch_size=2, gradient_accumulation_steps=3)
+
+
+def test_every_field_says_what_it_is():
+    assert all(field.metadata["help"] for field in PPO_FIELDS)
+
+
+def test_a_profile_s_config_takes_overrides_and_passes_over_none():
+    made = CPU.ppo_config(learning_rate=5e-4, gamma=None)
+    assert (made.learning_rate, made.gamma, made.batch_size) == (5e-4, PPOConfig().gamma, CPU.ppo["batch_size"])
+
+
+def test_both_profiles_are_valid_and_quantized_runs_of_the_same_batch():
+    assert CPU.ppo_config().batch_size == GPU.ppo_config().batch_size
+    assert GPU.gradient_checkpointing and not CPU.gradient_checkpointing
+
+
+def test_an_unknown_profile_is_refused_with_the_known_ones():
+    assert profile_named("cpu") is CPU
+    with pytest.raises(ValueError, match="unknown profile 'tpu'; expected one of: cpu, gpu"):
+        profile_named("tpu")
+
+
+def test_the_root_is_the_nearest_folder_above_with_the_data(tmp_path, monkeypatch):
+    monkeypatch.delenv("RLHF_HOME", raising=False)
+    (tmp_path / "data").mkdir()
+    (tmp_path / config.DATA_FILE).write_text("")
+    inner = tmp_path / "notebooks" / "more"
+    inner.mkdir(parents=True)
+    monkeypatch.chdir(inner)
+    assert config.project_root() == tmp_path
+    monkeypatch.setenv("RLHF_HOME", str(inner))
+    assert config.project_root() == inner
+
+
+def test_config_does_not_import_torch():
+    tree = ast.parse(Path(config.__file__).read_text(encoding="utf-8"))
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert names == {"math", "os", "dataclasses", "pathlib"}

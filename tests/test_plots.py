@@ -1,0 +1,110 @@
+"""Plots: what stands in a table or a figure is what was in the rollout."""
+
+import io
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from rlhf_helpers import plots
+from tests import tiny
+from tests.tiny import batch, with_lora
+
+
+@pytest.fixture(scope="module")
+def trainer():
+    trainer = tiny.trainer(with_lora(tiny.llama(), b_scale=0.3))
+    for seed in range(3):
+        trainer.step(*batch(seed=seed))
+    return trainer
+
+
+def pixels(figure):
+    return imread(io.BytesIO(plots.png(figure)))
+
+
+def test_a_token_table_has_a_line_for_every_token_and_its_numbers(trainer):
+    rollout = trainer.rollout
+    for row, n in enumerate(rollout.lengths.tolist()):
+        table = plots.token_table(trainer.tokenizer, rollout, row)
+        assert table["token"].tolist() == [f"t{i}" for i in rollout.response_ids[row, :n].tolist()]
+        assert table["advantage"].tolist() == rollout.advantages[row, :n].tolist()
+        assert np.allclose(table["logprob"] - table["ref"], table["kl"])
+    assert table["reward"].iloc[-1] == rollout.rewards[row, n - 1].item()
+
+
+def test_a_ratio_may_stand_beside(trainer):
+    table = plots.token_table(trainer.tokenizer, trainer.rollout, 1, ratio=np.arange(8.0))
+    assert table["ratio"].tolist() == [0.0, 1.0, 2.0]  # the response has three tokens
+
+
+def test_white_space_is_made_visible():
+    assert plots.visible(" a\n\tb") == "·a⏎⇥b"
+
+
+def test_a_heat_map_has_a_panel_for_every_signal_with_every_token(trainer):
+    figure = plots.token_heatmap(trainer.tokenizer, trainer.rollout, row=2, signals=("kl", "rewards"), per_line=3)
+    panels = [axis for axis in figure.axes if axis.images and axis.get_title(loc="left")]
+    assert [axis.get_title(loc="left") for axis in panels] == ["kl", "rewards"]
+    for axis in panels:
+        assert [text.get_text() for text in axis.texts] == plots.token_strings(trainer.tokenizer, trainer.rollout.responses[2])
+        assert axis.images[0].get_array().shape == (3, 3)  # eight tokens in lines of three
+    assert pixels(figure).std() > 0.05
+
+
+def test_a_signal_of_zeros_and_text_that_looks_like_mathematics_can_be_drawn():
+    figure, axes = plots.new_figure()
+    plots.draw_tokens(figure, axes[0, 0], ["$", "$x_1", "\\alpha$"], np.zeros(3), "kl")
+    assert pixels(figure).ndim == 3
+
+
+def test_curves_show_each_stat_over_its_steps(trainer):
+    figure = plots.training_curves(trainer.history)
+    for axis, key in zip(figure.axes, plots.CURVES):
+        (line,) = axis.lines
+        assert line.get_xdata().tolist() == [1, 2, 3]
+        assert line.get_ydata().tolist() == [row[key] for row in trainer.history]
+
+
+def test_several_runs_share_the_panels(trainer):
+    figure = plots.training_curves({"one": trainer.history, "two": trainer.history[:2]}, title="Two runs")
+    assert [len(line.get_xdata()) for line in figure.axes[0].lines] == [3, 2]
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["one", "two"]
+
+
+def test_curves_of_nothing_are_empty_panels():
+    assert all(len(axis.lines[0].get_xdata()) == 0 for axis in plots.training_curves([]).axes)
+
+
+def test_live_curves_use_one_output_and_draw_at_most_every_few_seconds(trainer, monkeypatch):
+    shown, updates = [], []
+    handle = type("Handle", (), dict(update=lambda self, image: updates.append(image.alt)))()
+    monkeypatch.setattr(plots, "show", lambda figure, alt, **options: shown.append(alt) or handle)
+    with plots.LiveCurves(steps=3, every=3600) as live:
+        for _ in range(3):
+            live(trainer, {})
+    assert len(shown) == 1 and updates == shown  # drawn at the first step, and once more at the end
+    assert live.history == trainer.history
+
+
+def test_histograms_share_their_bins_and_mark_the_means():
+    figure = plots.histograms({"before": [0.0, 1.0], "after": [2.0, 4.0]}, "score", bins=4)
+    (axis,) = figure.axes
+    assert [patch.get_x() for patch in axis.patches][:4] == [0.0, 1.0, 2.0, 3.0]
+    assert [line.get_xdata()[0] for line in axis.lines] == [0.5, 3.0]
+
+
+def test_the_clipped_objective_is_flat_beyond_the_range_where_the_step_was_wanted():
+    good, bad = plots.clipped_objective(cliprange=0.2).axes
+    x, y = good.lines[0].get_data()
+    assert np.allclose(y[x >= 1.2], -1.2) and np.allclose(y[x <= 1.2], -x[x <= 1.2])
+    x, y = bad.lines[0].get_data()
+    assert np.allclose(y[x <= 0.8], 0.8) and np.allclose(y[x >= 0.8], x[x >= 0.8])
+
+
+def test_a_figure_is_a_small_png_on_a_white_ground(trainer, tmp_path):
+    figure = plots.training_curves(trainer.history)
+    plots.save_figure(figure, tmp_path / "curves.png", dpi=80)
+    content = (tmp_path / "curves.png").read_bytes()
+    assert content.startswith(b"\x89PNG") and len(content) < 100_000
+    assert np.allclose(pixels(figure)[0, 0, :3], 1)

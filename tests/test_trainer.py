@@ -1,0 +1,587 @@
+"""PPOTrainer: what a step changes and what it must leave alone, in fp32 and on a 4-bit model."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from rlhf_helpers.config import PPOConfig
+from rlhf_helpers.models import PolicyWithValueHead
+from rlhf_helpers.ppo import next_kl_coef
+from rlhf_helpers.trainer import PPOTrainer
+from tests import tiny
+from tests.tiny import EOS, PAD, adapters, batch, same, state, with_lora
+
+KINDS = pytest.mark.parametrize("quantized", [False, True], ids=["fp32", "nf4"])
+
+
+@pytest.fixture
+def policy(nf4):
+    """A function that makes a policy's language model by kind."""
+    return lambda quantized, **lora: nf4(**lora) if quantized else with_lora(tiny.llama(), **lora)
+
+
+def gradients_at_each_step(trainer):
+    """A list that collects the gradients by name at every call of the optimizer, after clipping."""
+    names, collected, step = {id(p): n for n, p in trainer.model.named_parameters()}, [], trainer.optimizer.step
+    gradients = lambda: {names[id(p)]: p.grad.clone() for p in trainer.parameters if p.grad is not None}
+    trainer.optimizer.step = lambda *args, **kwargs: collected.append(gradients()) or step(*args, **kwargs)
+    return collected
+
+
+# ---------------------------------------------------------------- what it takes
+
+
+def test_a_bare_model_is_refused():
+    with pytest.raises(TypeError, match="model is a LlamaForCausalLM; expected PolicyWithValueHead"):
+        PPOTrainer(PPOConfig(), tiny.llama(), None, tiny.tokenizer())
+
+
+def test_a_tokenizer_without_pad_is_refused():
+    tokenizer = tiny.tokenizer()
+    tokenizer.pad_token = None
+    for wrong in (tokenizer, None):
+        with pytest.raises(ValueError, match="pad token"):
+            PPOTrainer(PPOConfig(), PolicyWithValueHead(tiny.llama()), None, wrong)
+
+
+def test_a_4_bit_model_without_adapters_is_refused(nf4):
+    with pytest.raises(ValueError, match="4-bit weights and no adapters"):
+        tiny.trainer(nf4(targets=None))
+
+
+QUERIES, RESPONSES, SCORES = batch()
+BAD = {
+    "too few queries": (QUERIES[:3], RESPONSES, SCORES),
+    "too many responses": (QUERIES, [*RESPONSES, RESPONSES[0]], SCORES),
+    "too few scores": (QUERIES, RESPONSES, SCORES[:3]),
+    "an empty response": (QUERIES, [*RESPONSES[:3], torch.tensor([], dtype=torch.long)], SCORES),
+    "an empty query": ([*QUERIES[:3], torch.tensor([], dtype=torch.long)], RESPONSES, SCORES),
+    "an id beyond the vocabulary": (QUERIES, [*RESPONSES[:3], torch.tensor([5, tiny.V])], SCORES),
+    "a negative id": ([*QUERIES[:3], torch.tensor([-1])], RESPONSES, SCORES),
+    "a float response": (QUERIES, [*RESPONSES[:3], torch.tensor([5.0])], SCORES),
+    "a 2-D response": (QUERIES, [*RESPONSES[:3], torch.tensor([[5]])], SCORES),
+    "a NaN score": (QUERIES, RESPONSES, [*SCORES[:3], math.nan]),
+    "an infinite score": (QUERIES, RESPONSES, [*SCORES[:3], torch.tensor(math.inf)]),
+    "two numbers a score": (QUERIES, RESPONSES, torch.zeros(4, 2)),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_input_raises_before_anything_changes(bad):
+    trainer = tiny.trainer()
+    trainer.step(*batch())
+    before, random = state(trainer), trainer.generator.get_state()
+    with pytest.raises(ValueError, match="expected"):
+        trainer.step(*BAD[bad])
+    assert same(state(trainer), before) and torch.equal(trainer.generator.get_state(), random)
+    assert len(trainer.history) == 1
+
+
+@pytest.mark.parametrize(
+    "scores", [SCORES, torch.tensor(SCORES), [torch.tensor(s) for s in SCORES], [torch.tensor([s]) for s in SCORES]]
+)
+def test_scores_may_be_floats_or_tensors(scores):
+    trainer = tiny.trainer()
+    stats = trainer.step(QUERIES, RESPONSES, scores)
+    assert stats["ppo/mean_scores"] == pytest.approx(sum(SCORES) / 4)
+    assert torch.equal(trainer.rollout.scores, torch.tensor(SCORES))
+
+
+# ---------------------------------------------------------------- generate
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        dict(top_k=50),
+        dict(top_p=0.9),
+        dict(temperature=0.5),
+        dict(repetition_penalty=1.2),
+        dict(min_new_tokens=5),
+        dict(num_beams=2),
+    ],
+)
+def test_an_option_that_changes_what_is_sampled_is_refused(option):
+    with pytest.raises(ValueError, match="generate: "):
+        tiny.trainer().generate(batch()[0], **option)
+
+
+def test_an_unknown_option_is_refused():
+    with pytest.raises(ValueError, match="unknown option top_kk=3"):
+        tiny.trainer().generate(batch()[0], top_kk=3)
+
+
+def test_a_call_as_written_for_trl_samples_the_same():
+    queries = batch()[0]
+    neutral = dict(
+        do_sample=True, top_k=0, top_p=1.0, min_length=-1, pad_token_id=PAD, eos_token_id=EOS, repetition_penalty=1.0
+    )
+    plain, trl = tiny.trainer().generate(queries), tiny.trainer().generate(queries, **neutral)
+    assert all(torch.equal(a, b) for a, b in zip(plain, trl, strict=True))
+
+
+def test_return_prompt_gives_the_whole_prompt_though_eos_is_in_it():
+    queries = [torch.tensor([5, EOS, 6, 7]), torch.tensor([8, 9])]
+    whole = tiny.trainer().generate(queries, return_prompt=True)
+    assert [ids[: len(q)].tolist() for q, ids in zip(queries, whole)] == [q.tolist() for q in queries]
+    assert all(len(q) < len(ids) <= len(q) + 8 for q, ids in zip(queries, whole))
+
+
+def test_chunks_of_the_batch_give_the_same_greedy_responses():
+    trainer = tiny.trainer(with_lora(tiny.llama(), b_scale=0.2))
+    queries = batch(5)[0]
+    whole, chunks = trainer.generate(queries, greedy=True), trainer.generate(queries, do_sample=False, batch_size=2)
+    assert all(torch.equal(a, b) for a, b in zip(whole, chunks, strict=True))
+
+
+@KINDS
+def test_the_reference_samples_without_adapters_and_they_come_back(policy, quantized):
+    queries = batch()[0]
+    trained, untrained = (tiny.trainer(policy(quantized, b_scale=scale)) for scale in (1.0, 0.0))
+    own = trained.generate(queries, greedy=True)
+    reference = trained.generate(queries, greedy=True, reference=True)
+    assert [r.tolist() for r in reference] == [r.tolist() for r in untrained.generate(queries, greedy=True)]
+    assert [r.tolist() for r in own] != [r.tolist() for r in reference]
+    assert [r.tolist() for r in trained.generate(queries, greedy=True)] == [r.tolist() for r in own]
+
+
+@KINDS
+def test_samples_follow_the_policy_as_it_is_now(policy, quantized):
+    """Greedy responses after a large change of the adapters are those of a new trainer with these adapters."""
+    trainer, queries = tiny.trainer(policy(quantized)), batch()[0]
+    first = trainer.generate(queries, greedy=True)
+    torch.manual_seed(3)
+    for parameter in adapters(trainer).values():
+        parameter.data.normal_()
+    other = tiny.trainer(policy(quantized))
+    for parameter, source in zip(adapters(other).values(), adapters(trainer).values()):
+        parameter.data.copy_(source)
+    now, expected = ([r.tolist() for r in t.generate(queries, greedy=True)] for t in (trainer, other))
+    assert now == expected != [r.tolist() for r in first]
+
+
+# ---------------------------------------------------------------- before the first update
+
+
+@KINDS
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_first_minibatch_has_ratio_exactly_1(policy, quantized, temperature):
+    trainer = tiny.trainer(policy(quantized, b_scale=0.2), mini_batch_size=2, temperature=temperature)
+    first = []
+    minibatch = trainer._minibatch
+    trainer._minibatch = lambda *args: first.append(minibatch(*args)) or first[-1]
+    trainer.permutation = lambda n: [0, 1, 2, 3]
+    trainer.step(*batch())
+    ratio = first[0][1]["policy/ratio"]
+    assert len(ratio) == 6 + 3 and (ratio == 1).all()
+    assert (first[1][1]["policy/ratio"] != 1).any()  # the second minibatch meets a changed policy
+
+
+@KINDS
+def test_kl_is_bitwise_0_before_the_adapters_have_moved(policy, quantized):
+    trainer = tiny.trainer(policy(quantized), mini_batch_size=2)
+    stats = trainer.step(*batch())
+    assert torch.equal(trainer.rollout.logprobs, trainer.rollout.ref_logprobs)
+    assert stats["objective/kl"] == 0 and (trainer.rollout.non_score_rewards == 0).all()
+    assert trainer.step(*batch())["objective/kl"] != 0
+
+
+def test_kl_is_0_at_first_for_a_run_that_starts_from_a_trained_adapter_with_its_copy_as_reference():
+    lm = with_lora(tiny.llama(), b_scale=0.3)
+    trainer = tiny.trainer(lm, ref_model=copy.deepcopy(lm))
+    assert trainer.step(*batch())["objective/kl"] == 0
+    assert trainer.step(*batch())["objective/kl"] != 0
+
+
+def test_without_adapters_the_reference_is_a_frozen_copy():
+    trainer = tiny.trainer(tiny.llama())
+    before = {name: p.clone() for name, p in trainer.ref_model.named_parameters()}
+    assert trainer.step(*batch())["objective/kl"] == 0
+    assert trainer.step(*batch())["objective/kl"] != 0
+    assert all(torch.equal(p, before[name]) and not p.requires_grad for name, p in trainer.ref_model.named_parameters())
+
+
+def test_logprobs_and_values_are_those_of_each_response_alone():
+    trainer = tiny.trainer(with_lora(tiny.llama(), b_scale=0.2))
+    together = trainer.inspect(*batch())
+    for row, (query, response) in enumerate(zip(*batch()[:2])):
+        alone = trainer.inspect([query], [response])
+        for name in ("logprobs", "ref_logprobs", "values"):
+            torch.testing.assert_close(
+                getattr(together, name)[row, : len(response)], getattr(alone, name)[0], atol=1e-5, rtol=1e-5
+            )
+
+
+def test_inspect_changes_nothing():
+    trainer = tiny.trainer()
+    trainer.step(*batch())
+    before, rollout = state(trainer), trainer.rollout
+    trainer.inspect(*batch(6))
+    assert same(state(trainer), before) and trainer.rollout is rollout and len(trainer.history) == 1
+
+
+# ---------------------------------------------------------------- what a step moves
+
+
+@KINDS
+def test_every_adapter_gets_a_gradient_and_moves_after_a_rollout(policy, quantized):
+    trainer = tiny.trainer(policy(quantized), max_new_tokens=4)
+    before = state(trainer)
+    queries = batch()[0]
+    responses = trainer.generate(queries)  # an eval-mode forward, which breaks 4-bit layers on some CPUs
+    gradients = gradients_at_each_step(trainer)
+    trainer.step(queries, responses, SCORES)
+    assert len(adapters(trainer)) == 4
+    for name, parameter in adapters(trainer).items():
+        assert gradients[0][name].abs().max() > 0, name
+        assert not torch.equal(parameter, before[name]), name
+
+
+def test_a_model_that_ran_before_it_was_wrapped_trains_all_the_same(nf4):
+    lm = nf4()
+    with torch.no_grad():
+        lm(input_ids=torch.tensor([[5, 6, 7]]))  # packs 4-bit layers on CPUs with AVX512-BF16
+    trainer = tiny.trainer(lm)
+    before = state(trainer)
+    trainer.step(*batch())
+    assert all(not torch.equal(parameter, before[name]) for name, parameter in adapters(trainer).items())
+
+
+@KINDS
+def test_the_base_never_moves(policy, quantized):
+    trainer = tiny.trainer(policy(quantized))
+    before, reference = state(trainer), trainer.inspect(*batch()).ref_logprobs
+    for _ in range(3):
+        trainer.step(trainer._checked(*batch())[0], trainer.generate(batch()[0]), SCORES)
+    moved = {name for name, tensor in state(trainer).items() if name in before and not torch.equal(tensor, before[name])}
+    assert all("lora_" in name or "v_head" in name or name in ("kl_coef", "steps") for name in moved)
+    assert torch.equal(trainer.inspect(*batch()).ref_logprobs, reference)
+
+
+def test_an_adapter_without_gradient_raises_and_no_weight_moves():
+    trainer = tiny.trainer()
+    first = trainer.model.pretrained_model.get_base_model().model.layers[0].self_attn.q_proj
+    first.register_forward_hook(lambda module, args, out: out.detach())  # as a kernel without backward does
+    before = state(trainer)
+    with pytest.raises(RuntimeError, match="adapter .*q_proj.lora_A.* got no gradient"):
+        trainer.step(*batch())
+    assert same(state(trainer), before)
+
+
+@pytest.mark.parametrize("m, g, steps", [(8, 1, 3), (2, 2, 6), (1, 8, 3), (1, 1, 24)])
+def test_the_number_of_optimizer_steps_is_epochs_times_batch_over_group(m, g, steps):
+    trainer = tiny.trainer(batch_size=8, mini_batch_size=m, gradient_accumulation_steps=g, ppo_epochs=3)
+    gradients = gradients_at_each_step(trainer)
+    trainer.step(*batch(8))
+    trainer.step(*batch(8, seed=1))
+    assert len(gradients) == 2 * steps
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch_on_unequal_lengths():
+    """TRL 0.11 averages the means of minibatches, in which a token of a short response counts more."""
+    collected = []
+    for m, g in ((8, 1), (1, 8), (2, 4)):
+        trainer = tiny.trainer(
+            with_lora(tiny.llama(), b_scale=0.2), batch_size=8, mini_batch_size=m, gradient_accumulation_steps=g
+        )
+        collected.append(gradients_at_each_step(trainer))
+        trainer.step(*batch(8))
+    whole = collected[0][0]
+    for (other,) in collected[1:]:
+        for name in whole:
+            torch.testing.assert_close(other[name], whole[name], atol=1e-6, rtol=1e-4)
+
+
+def test_the_gradient_norm_is_kept_at_every_optimizer_step():
+    trainer = tiny.trainer(with_lora(tiny.llama(), b_scale=0.2), max_grad_norm=0.05, ppo_epochs=3, mini_batch_size=2)
+    gradients = gradients_at_each_step(trainer)
+    stats = trainer.step(*batch())
+    norms = [math.sqrt(sum(float(g.double().pow(2).sum()) for g in each.values())) for each in gradients]
+    assert norms == [pytest.approx(0.05, rel=1e-4)] * 6
+    assert stats["ppo/grad_norm"] > 0.05  # the norm before clipping
+
+
+def test_the_value_head_may_have_its_own_learning_rate():
+    trainer = tiny.trainer(learning_rate=1e-3, value_learning_rate=1e-1)
+    before = state(trainer)
+    trainer.step(*batch())
+    largest = lambda part: max((p - before[n]).abs().max().item() for n, p in trainer.model.named_parameters() if part in n)
+    assert (largest("lora_B"), largest("v_head")) == (
+        pytest.approx(1e-3, rel=1e-2),
+        pytest.approx(1e-1, rel=1e-2),
+    )  # Adam's first step
+
+
+# ---------------------------------------------------------------- dropout, modes, checkpointing
+
+
+def test_dropout_is_off_in_rollout_scoring_and_update_and_modes_come_back():
+    trainer = tiny.trainer(with_lora(tiny.llama(), b_scale=0.5, dropout=0.5))
+    trainer.model.train()
+    generate = lambda: [r.tolist() for r in trainer.generate(batch()[0], generator=torch.Generator().manual_seed(0))]
+    assert generate() == generate()
+    first, second = trainer.inspect(*batch()), trainer.inspect(*batch())
+    assert torch.equal(first.logprobs, second.logprobs) and torch.equal(first.values, second.values)
+    stats = trainer.step(*batch())
+    assert (stats["ppo/policy/ratio"] == 1).all()
+    assert all(module.training for module in trainer.model.modules())
+
+
+def test_a_model_in_eval_mode_stays_in_eval_mode():
+    trainer = tiny.trainer()
+    trainer.model.eval()
+    trainer.generate(batch()[0])
+    trainer.step(*batch())
+    assert not any(module.training for module in trainer.model.modules())
+
+
+@KINDS
+def test_gradient_checkpointing_computes_layers_again_and_steps_the_same(policy, quantized):
+    passes, trainers = [], [tiny.trainer(policy(quantized, b_scale=0.2), mini_batch_size=2) for _ in range(2)]
+    saving = trainers[1]
+    saving.model.enable_gradient_checkpointing()
+    layer = saving.model.pretrained_model.get_base_model().model.layers[0]
+    layer.self_attn.register_forward_pre_hook(lambda *args: passes.append(torch.is_grad_enabled()))
+    for trainer in trainers:
+        trainer.step(*batch())
+    assert passes.count(True) == 2 * 2  # two minibatches, each forward and again in backward
+    for (name, a), b in zip(trainers[0].model.named_parameters(), saving.model.parameters()):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5, msg=name)
+
+
+def test_generation_keeps_its_cache_under_gradient_checkpointing():
+    trainer, widths = tiny.trainer(max_new_tokens=3), []
+    trainer.model.enable_gradient_checkpointing()
+    trainer.model.train()
+    trainer.model.pretrained_model.get_input_embeddings().register_forward_hook(
+        lambda m, args, out: widths.append(args[0].shape[1])
+    )
+    trainer.generate([torch.tensor([5, 6, 7, 8])])
+    assert widths[0] == 4 and set(widths[1:]) == {1}
+
+
+# ---------------------------------------------------------------- accidents
+
+
+HUGE = (QUERIES, RESPONSES, [1e30, 0.0, 0.0, 0.0])  # a finite score whose square is not
+
+
+def test_a_loss_that_is_not_finite_leaves_weights_and_adam_alone_and_is_counted():
+    trainer = tiny.trainer()
+    trainer.step(*batch())
+    before = state(trainer)
+    stats = trainer.step(*HUGE)
+    after = state(trainer)
+    assert math.isinf(stats["ppo/loss/value"]) and stats["ppo/skipped_updates"] == 1
+    assert before.keys() == after.keys() and "adam.0.exp_avg" in after
+    assert all(torch.equal(after[name], before[name]) for name in after if name not in ("steps", "kl_coef"))
+
+
+def test_a_good_minibatch_after_a_bad_one_still_trains():
+    trainer = tiny.trainer(mini_batch_size=1)
+    before = state(trainer)
+    trainer.permutation = lambda n: [0, 1, 2, 3]
+    stats = trainer.step(*HUGE)
+    after = state(trainer)
+    assert stats["ppo/skipped_updates"] == 1 and all(torch.isfinite(tensor).all() for tensor in after.values())
+    assert all(not torch.equal(after[name], before[name]) for name in adapters(trainer))
+    assert int(after["adam.0.step"]) == 3
+
+
+def test_a_minibatch_whose_ratio_is_above_the_threshold_is_left_out():
+    trainer = tiny.trainer(ppo_epochs=2, ratio_threshold=0.5)  # the ratio of the first pass is 1
+    before = state(trainer)
+    assert trainer.step(*batch())["ppo/skipped_updates"] == 2
+    after = state(trainer)
+    assert all(torch.equal(after[name], before[name]) for name, _ in trainer.model.named_parameters())
+
+
+def test_nan_in_what_belongs_to_pads_changes_no_gradient():
+    def gradients(poison):
+        trainer = tiny.trainer(with_lora(tiny.llama(), b_scale=0.2))
+        collected, forward = gradients_at_each_step(trainer), trainer.model.forward
+
+        def poisoned(*inputs):
+            logits, values = forward(*inputs)
+            poison = torch.where(inputs[1][:, -inputs[2] :] == 0, math.nan, 0.0)
+            return logits + poison[..., None], values + poison
+
+        if poison:
+            trainer.model.forward = poisoned
+        stats = trainer.step(*batch())
+        return collected[0], stats["ppo/loss/total"]
+
+    (clean, loss), (dirty, dirty_loss) = gradients(False), gradients(True)
+    assert loss == dirty_loss
+    assert all(torch.equal(clean[name], dirty[name]) for name in clean)
+
+
+# ---------------------------------------------------------------- options
+
+
+def test_the_kl_coefficient_follows_the_controller_from_step_to_step():
+    trainer = tiny.trainer(with_lora(tiny.llama(), b_scale=0.5), target=1.0, horizon=50.0, init_kl_coef=0.3)
+    expected = 0.3
+    for seed in range(3):
+        stats = trainer.step(*batch(seed=seed))
+        assert stats["objective/kl_coef"] == pytest.approx(expected)  # the one that was used
+        expected = next_kl_coef(expected, stats["objective/kl"], 1.0, 50.0, 4)
+    assert trainer.kl_coef == pytest.approx(expected) != 0.3
+
+
+def test_a_fixed_kl_coefficient_stays():
+    trainer = tiny.trainer(with_lora(tiny.llama(), b_scale=0.5), adap_kl_ctrl=False, init_kl_coef=0.3)
+    trainer.step(*batch())
+    assert trainer.kl_coef == 0.3
+
+
+def test_full_kl_is_never_negative_and_k1_is_at_times():
+    make = lambda kind: tiny.trainer(with_lora(tiny.llama(), b_scale=0.5), kl_penalty=kind).inspect(*batch())
+    full, k1 = make("full"), make("kl")
+    assert (full.kl[full.mask] > 0).all() and (k1.kl < 0).any()
+    assert torch.equal(full.logprobs, k1.logprobs)
+
+
+def test_scores_are_clipped_to_the_range():
+    trainer = tiny.trainer(score_clip=0.5)
+    trainer.step(QUERIES, RESPONSES, [2.0, -3.0, 0.25, 0.5])
+    assert trainer.rollout.scores.tolist() == [0.5, -0.5, 0.25, 0.5]
+
+
+def test_early_stopping_ends_the_epochs_of_a_step():
+    count = {}
+    for stop in (False, True):
+        trainer = tiny.trainer(ppo_epochs=4, learning_rate=0.1, early_stopping=stop, target_kl=1e-6)
+        gradients = gradients_at_each_step(trainer)
+        trainer.step(*batch())
+        count[stop] = len(gradients)
+    assert count[False] == 4 and count[True] < 4
+
+
+# ---------------------------------------------------------------- stats and history
+
+
+def test_stats_have_trl_s_keys_and_history_their_scalars():
+    trainer = tiny.trainer()
+    stats = trainer.step(*batch())
+    for key in (
+        "objective/kl",
+        "objective/entropy",
+        "ppo/mean_scores",
+        "ppo/std_scores",
+        "ppo/loss/policy",
+        "ppo/val/var_explained",
+        "ppo/policy/clipfrac",
+        "ppo/returns/mean",
+        "tokens/responses_len_mean",
+        "time/ppo/total",
+        "ppo/learning_rate",
+    ):
+        assert isinstance(stats[key], float) and trainer.history[0][key] == stats[key], key
+    assert trainer.history[0]["step"] == trainer.steps_done == 1
+    assert len(stats["ppo/policy/ratio"]) == 6 + 3 + 8 + 5
+    assert stats["tokens/responses_len_mean"] == 5.5
+
+
+def test_the_share_of_responses_that_ended_is_counted():
+    responses = [torch.tensor([5, EOS]), torch.tensor([5, 6]), torch.tensor([EOS]), torch.tensor([7, 8, EOS])]
+    assert tiny.trainer().step(QUERIES, responses, SCORES)["tokens/responses_eos_frac"] == 0.75
+
+
+def test_everything_learnt_from_is_fp32_on_a_4_bit_model(nf4):
+    trainer = tiny.trainer(nf4(b_scale=0.2))
+    trainer.step(*batch())
+    for name in ("scores", "logprobs", "ref_logprobs", "values", "kl", "rewards", "returns", "advantages"):
+        assert getattr(trainer.rollout, name).dtype == torch.float32, name
+    assert all(p.dtype == torch.float32 for p in trainer.parameters)
+
+
+# ---------------------------------------------------------------- train
+
+
+PROMPTS = [f"t{i} t{i + 1}" for i in range(10, 20)]
+
+
+def test_train_gives_the_reward_function_prompts_and_texts_and_calls_back():
+    calls, steps = [], []
+
+    def reward(prompts, responses):
+        calls.append((prompts, responses))
+        return [len(r.split()) for r in responses]
+
+    trainer = tiny.trainer()
+    history = trainer.train(
+        PROMPTS, reward, steps=3, on_step=lambda t, stats: steps.append((t.steps_done, stats["ppo/mean_scores"]))
+    )
+    assert [len(prompts) for prompts, _ in calls] == [4, 4, 4] and all(p in PROMPTS for prompts, _ in calls for p in prompts)
+    assert [step for step, _ in steps] == [1, 2, 3] == [row["step"] for row in history]
+    assert all("time/generate" in row and "time/reward" in row for row in history)
+    texts = trainer.decode(trainer.rollout.responses)
+    assert texts == calls[-1][1] and not any("<" in text for text in texts)  # no special tokens
+
+
+def test_by_default_train_is_one_pass_over_the_prompts():
+    assert len(tiny.trainer().train(PROMPTS, lambda p, r: [0.0, 1.0, 2.0, 3.0])) == 2  # of ten prompts, four a step
+
+
+def test_a_reward_function_with_too_few_scores_is_reported():
+    with pytest.raises(ValueError, match="3 scores; expected PPOConfig.batch_size = 4"):
+        tiny.trainer().train(PROMPTS, lambda p, r: [0.0] * 3)
+
+
+@pytest.mark.parametrize("n", [10, 3])
+def test_every_pass_over_the_prompts_uses_each_once_in_another_order(n):
+    trainer, rows = tiny.trainer(), []
+    for trainer.steps_done in range(15):
+        rows += trainer.next_rows(n)
+    passes = [rows[i : i + n] for i in range(0, len(rows), n)]
+    assert all(sorted(each) == list(range(n)) for each in passes)
+    assert len({tuple(each) for each in passes}) > 1
+
+
+def test_prompts_without_room_for_a_response_are_left_out_with_a_warning():
+    trainer = tiny.trainer()
+    long = " ".join(["t5"] * 121)  # 128 positions, 8 of them for the response
+    with pytest.warns(UserWarning, match="skipped 1 of 2 prompts: longer than 120 tokens"):
+        prompts, queries = trainer.encode([long, "t5 t6"])
+    assert prompts == ["t5 t6"] and queries[0].tolist() == [5, 6]
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="none of 1 fits"):
+        trainer.encode([long])
+
+
+def test_the_same_seed_gives_the_same_run():
+    def run(seed):
+        trainer = tiny.trainer(seed=seed)
+        trainer.train(PROMPTS, lambda prompts, responses: [float(len(r)) for r in responses], steps=2)
+        return state(trainer)
+
+    assert same(run(3), run(3)) and not same(run(3), run(4))
+
+
+def test_a_one_token_bandit_reaches_the_optimum_in_closed_form():
+    """The best policy against a KL penalty is known: pi* is proportional to pi_ref exp(reward / beta)."""
+    lm = tiny.llama(vocab_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    query, beta = torch.tensor([5, 6]), 0.5
+    rewards = torch.tensor([0.0, 0.5, -0.5, 1.0, 0.2, -1.0, 0.7, -0.2])
+    reference = lm(query[None]).logits[0, -1].detach().log_softmax(-1)
+    best = (reference + rewards / beta).log_softmax(-1)
+    trainer = tiny.trainer(lm, batch_size=256, mini_batch_size=256, init_kl_coef=beta, adap_kl_ctrl=False, max_new_tokens=1)
+    distance = lambda: torch.nn.functional.kl_div(
+        lm(query[None]).logits[0, -1].log_softmax(-1), best, log_target=True, reduction="sum"
+    ).item()
+    assert distance() > 0.3
+    for step in range(100):
+        for group in trainer.optimizer.param_groups:
+            group["lr"] = 1e-2 * (1 - step / 100)
+        responses = trainer.generate([query] * 256)
+        trainer.step([query] * 256, responses, rewards[torch.cat(responses)])
+    assert distance() < 0.01
+
+
+def test_the_policy_cannot_be_its_own_reference_in_training():
+    lm = with_lora(tiny.llama())
+    with pytest.raises(ValueError, match="ref_model is the policy itself"):
+        tiny.trainer(lm, ref_model=lm)
+    assert any(parameter.requires_grad for parameter in lm.parameters())
