@@ -1,0 +1,83 @@
+"""Set-up: one list of dependencies, pins that repeat it, and an environment file that points to both."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PINS = dict(re.findall(r"^([A-Za-z0-9_.-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text())
+
+
+def pip_section():
+    (section,) = (entry["pip"] for entry in ENVIRONMENT["dependencies"] if isinstance(entry, dict))
+    return section
+
+
+def name_of(requirement):
+    return re.match(r"[A-Za-z0-9_.-]+", requirement)[0]
+
+
+def test_every_dependency_is_pinned():
+    listed = PROJECT["dependencies"] + [r for extra in PROJECT["optional-dependencies"].values() for r in extra]
+    assert [r for r in listed if name_of(r) not in PINS] == []
+
+
+def test_the_trl_extra_is_the_last_release_with_ppo():
+    assert PROJECT["optional-dependencies"]["trl"] == ["trl==1.12.0"] and PINS["trl"] == "1.12.0"
+
+
+def test_the_pins_name_no_build_of_torch_and_no_cuda_package():
+    assert re.fullmatch(r"\d+\.\d+\.\d+", PINS["torch"])
+    assert not [name for name in PINS if name.startswith(("nvidia", "cuda", "triton"))]
+
+
+def test_the_environment_file_lists_no_dependency_of_its_own():
+    conda = [entry for entry in ENVIRONMENT["dependencies"] if isinstance(entry, str)]
+    assert {re.split("[=<>]", entry)[0] for entry in conda} == {"python", "pip"}
+    assert pip_section() == ["-c constraints.txt", "-e .[lab,test]"]
+    assert {"lab", "test"} <= PROJECT["optional-dependencies"].keys()
+
+
+def test_every_make_command_of_the_readme_exists():
+    readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
+    commands = set(re.findall(r"^make ([a-z-]+)", readme, re.MULTILINE))
+    assert {"run", "test", "lab", "test-all"} <= commands
+    assert [command for command in commands if not re.search(rf"^{command}:", makefile, re.MULTILINE)] == []
+
+
+def test_ci_calls_the_test_command_of_the_readme():
+    assert "make test" in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+@pytest.mark.slow
+def test_the_pip_section_of_the_environment_file_installs(tmp_path):
+    """What conda would run: pip, from the environment file's folder, on the lines of its pip section."""
+    copy = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(copy)], check=True)
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    (copy / "requirements.txt").write_text("\n".join(pip_section()))
+    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", "requirements.txt"]
+    subprocess.run(install, cwd=copy, check=True)
+    code = "import importlib.metadata as m, rlhf_helpers.trainer, nbval, jupyterlab; print(m.version('transformers'))"
+    done = subprocess.run([python, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == PINS["transformers"]
+
+
+def test_the_prompts_are_240_over_16_subjects_and_60_are_held_out_of_training():
+    from rlhf_helpers.data import load_preferences, load_prompts, read_jsonl
+
+    train, heldout = (load_prompts(ROOT / "data" / f"prompts_{split}.jsonl") for split in ("train", "heldout"))
+    assert (len(train), len(heldout)) == (180, 60) and not set(train) & set(heldout)
+    subjects = {r["subject"] for split in ("train", "heldout") for r in read_jsonl(ROOT / "data" / f"prompts_{split}.jsonl")}
+    assert len(subjects) == 16
+    pairs = load_preferences(ROOT / "data" / "pairwise_prefs_part_1.jsonl")
+    assert len(pairs) == 618 and {pair["prompt"] for pair in pairs} <= set(train)
+    assert all(pair["chosen"] != pair["rejected"] for pair in pairs)
