@@ -15,6 +15,7 @@ from accelerate import Accelerator
 
 from rlhf_helpers import ppo
 from rlhf_helpers.checkpoint import load_checkpoint, save_checkpoint
+from rlhf_helpers.config import project_root
 from rlhf_helpers.models import PolicyWithValueHead, encode_prompt, is_4bit, response_logits
 from rlhf_helpers.rollout import collate, fill_advantages, fill_rewards
 from rlhf_helpers.sampling import MergedCopy, can_merge, sample
@@ -46,7 +47,7 @@ class PPOTrainer:
                 "expected a PEFT model, e.g. peft.get_peft_model(model, LoraConfig(task_type='CAUSAL_LM'))"
             )
         self.config, self.tokenizer = config, tokenizer
-        self.accelerator = Accelerator(log_with=config.log_with)
+        self.accelerator = Accelerator(log_with=config.log_with, project_dir=project_root() / "output" / "tracking")
         if config.log_with:
             self.accelerator.init_trackers("rlhf-ppo", config={k: v for k, v in vars(config).items() if v is not None})
         if ref_model is None and not model.has_adapters:
