@@ -11,3 +11,6 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
 
 # tqdm, when another package imports it inside a notebook, asks for ipywidgets. The course shows no progress bars.
 warnings.filterwarnings("ignore", "IProgress not found")
+
+# peft 0.21 asks transformers 5.23 for an attribute by its old name, whenever it wraps a model.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)

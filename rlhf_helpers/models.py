@@ -3,7 +3,6 @@
 The reference of the KL penalty is the same model with its adapters switched off: no second copy exists."""
 
 import contextlib
-import warnings
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -117,9 +116,7 @@ def load_policy(profile, seed=0, quantize=True):
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
     )
-    with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 for an attribute by its old name
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        policy = PolicyWithValueHead(get_peft_model(lm, lora))
+    policy = PolicyWithValueHead(get_peft_model(lm, lora))
     if profile.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
     return policy, tokenizer

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
 CURVES = {
     "ppo/mean_scores": "score",
-    "objective/kl": "KL to the reference (nats a response)",
+    "objective/kl": "KL (nats a response)",
     "ppo/loss/value": "value loss",
     "ppo/policy/entropy": "entropy (nats a token)",
     "tokens/responses_len_mean": "response length (tokens)",
@@ -150,6 +150,7 @@ def training_curves(history, curves=CURVES, title=None):
             points = [(row["step"], row[key]) for row in run if key in row]
             axis.plot(*zip(*points) if points else ([], []), color=colour, linewidth=1.3, label=label)
         axis.set_title(name, fontsize=8)
+        axis.xaxis.get_major_locator().set_params(integer=True)
     for axis in axes.flat[len(curves) :]:
         axis.set_visible(False)
     axes[-1, 0].set_xlabel("step", fontsize=8)
