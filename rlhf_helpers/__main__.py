@@ -19,10 +19,10 @@ every step), samples.jsonl (the same held-out prompts before and after), curves.
 PEFT loads, with everything needed to --resume).
 
 examples:
-  python -m rlhf_helpers                                   the course's run on two CPU cores, about 8 minutes
+  python -m rlhf_helpers                                   the course's run on two CPU cores, about 5 minutes
   python -m rlhf_helpers --check                           what will work on this machine
   python -m rlhf_helpers --steps 5 --output output/try     a short try
-  python -m rlhf_helpers --init_kl_coef 0 --steps 60       no KL penalty: watch the gold reward
+  python -m rlhf_helpers --init_kl_coef 0 --steps 80       no KL penalty: watch the gold reward
   python -m rlhf_helpers --profile gpu --model org/model   another model on a GPU
 """
 

@@ -103,7 +103,7 @@ class Profile:
     reward_model: str = "output/reward_model_pairwise"
     prompts: str = DATA_FILE
     heldout_prompts: str = HELDOUT_FILE
-    steps: int = 44  # PPO steps of the main job
+    steps: int = 32  # PPO steps of the main job
     lora_r: int = 8
     lora_alpha: int = 16
     lora_targets: tuple = ("q_proj", "v_proj")
@@ -120,7 +120,7 @@ CPU = Profile(
     name="cpu",
     model="smollm2-135m-instruct",
     ppo=dict(
-        batch_size=16,  # enough responses for a steady advantage, few enough for 8 seconds a step on two cores
+        batch_size=16,  # enough responses for a steady advantage, few enough for 6 seconds a step on two cores
         mini_batch_size=8,  # half of it at a time, which keeps the run under 3 GB
         gradient_accumulation_steps=2,
         ppo_epochs=1,  # each sample is used once: ratio 1, nothing clipped, the cheapest step that learns
@@ -128,7 +128,7 @@ CPU = Profile(
         value_learning_rate=1e-3,
         lam=1.0,  # the score comes last: with 0.95 it hardly reaches the first of 50 tokens until the value head is good
         init_kl_coef=0.05,
-        adap_kl_ctrl=False,  # at TRL's horizon of 10,000 responses a run of 640 would hardly move it
+        adap_kl_ctrl=False,  # at TRL's horizon of 10,000 responses a run of 512 would hardly move it
         max_grad_norm=1.0,
         temperature=0.7,  # at 1.0 a model this small rambles
     ),

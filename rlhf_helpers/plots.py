@@ -82,19 +82,19 @@ def token_table(tokenizer, rollout, row=0, ratio=None):
                                                  "rewards": "reward", "advantages": "advantage", "returns": "return"})  # fmt: skip
 
 
-def token_heatmap(tokenizer, rollout, row=0, signals=("kl", "rewards", "values", "advantages"), per_line=13):
+def token_heatmap(tokenizer, rollout, row=0, signals=("kl", "rewards", "values", "advantages"), per_line=10):
     """One response of a Rollout as text, once for every signal, each token on a ground that shows its number."""
     keep = rollout.mask[row]
     tokens = token_strings(tokenizer, rollout.response_ids[row][keep])
     lines = -(-len(tokens) // per_line)
-    figure, axes = new_figure(len(signals), 1, size=(0.6 * per_line + 1, (0.27 * lines + 0.36) * len(signals)))
+    figure, axes = new_figure(len(signals), 1, size=(0.78 * per_line + 1, (0.27 * lines + 0.36) * len(signals)))
     for axis, name in zip(axes[:, 0], signals):
         numbers = getattr(rollout, name)[row][keep].cpu().numpy().astype(float)
         draw_tokens(figure, axis, tokens, numbers, name, per_line)
     return figure
 
 
-def draw_tokens(figure, axis, tokens, numbers, title, per_line=13):
+def draw_tokens(figure, axis, tokens, numbers, title, per_line=10):
     """The tokens in lines of `per_line` over a heat map: two colours around 0, or one where no number is negative."""
     size = float(np.nanmax(np.abs(numbers))) or 1.0
     signed = bool((numbers < 0).any())
@@ -107,7 +107,7 @@ def draw_tokens(figure, axis, tokens, numbers, title, per_line=13):
     for i, (token, number) in enumerate(zip(tokens, numbers)):
         dark = np.dot(cmap(norm(number))[:3], (0.299, 0.587, 0.114)) < 0.5
         text = token if len(token) <= 11 else token[:10] + "…"
-        axis.text(i % per_line, i // per_line, text, ha="center", va="center", fontsize=6.5, parse_math=False,
+        axis.text(i % per_line, i // per_line, text, ha="center", va="center", fontsize=7.5, parse_math=False,
                   color="white" if dark else "black")  # fmt: skip
     axis.set_title(title, fontsize=8, loc="left")
     axis.set(xticks=[], yticks=[])
@@ -214,7 +214,8 @@ def histograms(groups, label, bins=30, title=None):
 def clipped_objective(cliprange=0.2, ratios=None, advantages=None):
     """PPO's loss of one token against its ratio, for a good and a bad token; tokens of a run as dots, if given."""
     figure, axes = new_figure(1, 2, size=(7.4, 2.5))
-    grid = np.linspace(0.5, 1.5, 201)
+    low, high = (0.5, 1.5) if ratios is None else (min(0.5, *ratios), max(1.5, *ratios))
+    grid = np.linspace(low, high, 401)
     for axis, (sign, name) in zip(axes[0], ((1, "advantage +1: make it likelier"), (-1, "advantage -1: make it rarer"))):
         loss = np.maximum(-sign * grid, -sign * grid.clip(1 - cliprange, 1 + cliprange))
         axis.plot(grid, loss, color=BLUE, linewidth=1.6)
