@@ -22,12 +22,13 @@ examples:
   python -m rlhf_helpers                                   the course's run on two CPU cores, about 5 minutes
   python -m rlhf_helpers --check                           what will work on this machine
   python -m rlhf_helpers --steps 5 --output output/try     a short try
-  python -m rlhf_helpers --init_kl_coef 0 --steps 80       no KL penalty: watch the gold reward
+  python -m rlhf_helpers --init_kl_coef 0 --kl_budget inf --steps 80   no KL penalty, no budget: watch the gold
   python -m rlhf_helpers --profile gpu --model org/model   another model on a GPU
+  accelerate launch --num_processes 2 -m rlhf_helpers      the same on two GPUs (two processes on a CPU: add --cpu)
 """
 
 
-OURS = ("value_learning_rate", "temperature", "max_new_tokens")  # the fields that TRL 0.11 did not have
+OURS = ("value_learning_rate", "temperature", "max_new_tokens", "missing_eos_penalty", "kl_budget")  # the fields that TRL 0.11 did not have
 
 
 def parser():
@@ -103,18 +104,23 @@ def run(options):
     if options.resume and not (Path(options.resume) / "trainer.json").is_file():
         raise ValueError(f"--resume {options.resume}: no checkpoint here; expected a folder made by an earlier run")
 
+    from accelerate import PartialState
+
     from rlhf_helpers.evaluation import evaluate
-    from rlhf_helpers.models import load_policy, resolve
+    from rlhf_helpers.models import device_and_dtype, load_policy, resolve
     from rlhf_helpers.reward import RewardModel, ensure_reward_model
     from rlhf_helpers.trainer import PPOTrainer
 
     reward_folder = options.reward_model or root / profile.reward_model
     if options.reward_model:
         RewardModel.load(reward_folder)  # a wrong folder is reported before the models are fetched
-    resolve(profile.model)
-    reward = ensure_reward_model(reward_folder)
+    processes = PartialState(cpu=device_and_dtype()[0].type == "cpu")  # one, unless `accelerate launch` started more: then the main one prepares, writes and reports
+    say = processes.print
+    with processes.main_process_first():
+        resolve(profile.model)
+        reward = ensure_reward_model(reward_folder)
     if options.prepare:
-        print(f"ready: {profile.model}, {reward_folder}")
+        say(f"ready: {profile.model}, {reward_folder}")
         return 0
 
     policy, tokenizer = load_policy(profile, seed=config.seed)
@@ -123,18 +129,26 @@ def run(options):
         standardise_on_base(trainer, reward, prompts)
     output.mkdir(parents=True, exist_ok=True)
 
-    print(f"held-out: {len(heldout)} prompts, 2 samples each, before training", flush=True)
+    say(f"held-out: {len(heldout)} prompts, 2 samples each, before training", flush=True)
     before = evaluate(trainer, heldout, reward)
     if options.resume:
         trainer.resume(options.resume)
-        print(f"resumed at step {trainer.steps_done}")
-    print(f"PPO: {steps} steps of {config.batch_size} responses, profile {profile.name}, {profile.model}", flush=True)
+        say(f"resumed at step {trainer.steps_done}")
+    budget = f", at most {config.kl_budget:g} nats of KL" if config.kl_budget else ""
+    many = f" on {processes.num_processes} processes" if processes.num_processes > 1 else ""
+    say(f"PPO: {steps} steps of {config.batch_size} responses{many}{budget}, profile {profile.name}, {profile.model}", flush=True)
     ppo_started = time.perf_counter()
-    trainer.train(prompts, reward, steps=max(0, steps - trainer.steps_done), on_step=Progress(steps, output / "history.jsonl"))
+    progress = Progress(steps, output / "history.jsonl") if processes.is_main_process else None
+    trainer.train(prompts, reward, steps=max(0, steps - trainer.steps_done), on_step=progress)
     ppo_seconds = time.perf_counter() - ppo_started
+    if trainer.steps_done < steps:
+        say(f"stopped after step {trainer.steps_done}: the KL budget of {config.kl_budget:g} nats is spent")
     after = evaluate(trainer, heldout, reward)
 
     trainer.save(output / "checkpoint")
+    trainer.accelerator.end_training()
+    if not processes.is_main_process:
+        return 0
     save_jsonl(output / "history.jsonl", trainer.history)
     samples = [{**a, "before": b["response"], "reward_before": b["reward"], "gold_before": b["gold"]}
                for a, b in zip(after.records(), before.records())]  # fmt: skip
@@ -143,10 +157,9 @@ def run(options):
 
     save_figure(training_curves(trainer.history), output / "curves.png")
     summary = summarize(before, after, reward_std=before.rewards.std(ddof=1), seconds=time.perf_counter() - started)
-    summary |= dict(ppo_seconds=round(ppo_seconds, 1), steps=trainer.steps_done, seed=config.seed)
+    summary |= dict(ppo_seconds=round(ppo_seconds, 1), steps=trainer.steps_done, seed=config.seed, processes=processes.num_processes)
     (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     report(summary, samples, output)
-    trainer.accelerator.end_training()
     return 0
 
 
@@ -158,7 +171,7 @@ def standardise_on_base(trainer, reward, prompts, count=64):
 
     responses = trainer.generate(queries, batch_size=32, reference=True, generator=torch.Generator().manual_seed(0))
     reward.standardise(prompts, trainer.decode(responses))
-    print(f"reward model: standardised on {count} samples of the base model, mean {reward.mean:.3f}, deviation {reward.std:.3f}")
+    trainer.accelerator.print(f"reward model: standardised on {count} samples of the base model, mean {reward.mean:.3f}, deviation {reward.std:.3f}")
 
 
 class Progress:

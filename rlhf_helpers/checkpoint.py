@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -21,7 +22,10 @@ VERSION = 1
 
 
 def save_checkpoint(trainer, folder):
-    """Write the trainer's whole state to `folder`."""
+    """Write the trainer's whole state to `folder`. Every process calls it, the main one writes."""
+    generators = gather_object([trainer.generator.get_state()])  # each process samples with its own
+    if not trainer.accelerator.is_main_process:
+        return
     folder = Path(folder)
     beside, old = (folder.with_name(folder.name + ending) for ending in (".part", ".old"))
     shutil.rmtree(beside, ignore_errors=True)
@@ -30,8 +34,10 @@ def save_checkpoint(trainer, folder):
         trainer.model.pretrained_model.save_pretrained(beside)
     head = {f"v_head.{name}": tensor.detach().cpu().contiguous() for name, tensor in trainer.model.v_head.state_dict().items()}
     save_file(head, beside / "model.safetensors", metadata={"format": "pt"})
-    save_file(tensors_of(trainer), beside / "trainer.safetensors", metadata={"format": "pt"})
+    tensors = tensors_of(trainer) | {f"random.trainer.{rank}": state for rank, state in enumerate(generators)}
+    save_file(tensors, beside / "trainer.safetensors", metadata={"format": "pt"})
     version, state, gauss = random.getstate()
+    numpy_gauss = np.random.get_state()[3:]
     about = dict(
         version=VERSION,
         steps_done=trainer.steps_done,
@@ -39,6 +45,7 @@ def save_checkpoint(trainer, folder):
         num_processes=trainer.accelerator.num_processes,
         config=vars(trainer.config),
         python_random=[version, list(state), gauss],
+        numpy_gauss=list(numpy_gauss),
     )
     save_jsonl(beside / "history.jsonl", trainer.history)
     (beside / "trainer.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
@@ -59,9 +66,10 @@ def load_checkpoint(trainer, folder):
     try:
         about = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "trainer.safetensors")
-        version, processes, steps_done, kl_coef, random_state = (
-            about[name] for name in ("version", "num_processes", "steps_done", "kl_coef", "python_random")
+        version, processes, steps_done, kl_coef, random_state, numpy_gauss = (
+            about[name] for name in ("version", "num_processes", "steps_done", "kl_coef", "python_random", "numpy_gauss")
         )
+        generators = [tensors[f"random.trainer.{rank}"] for rank in range(processes)]
         history = read_jsonl(folder / "history.jsonl") if steps_done else []
         python_state = (random_state[0], tuple(random_state[1]), random_state[2])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -69,7 +77,10 @@ def load_checkpoint(trainer, folder):
     if version != VERSION:
         raise ValueError(f"{folder}: checkpoint of version {version}; expected {VERSION}")
     if processes != trainer.accelerator.num_processes:
-        raise ValueError(f"{folder}: written by {processes} processes; expected {trainer.accelerator.num_processes}")
+        raise ValueError(
+            f"{folder}: written by {processes} processes, resumed by {trainer.accelerator.num_processes}; expected as many: each "
+            f"has its own random state (accelerate launch --num_processes {processes} ...)"
+        )
     expected = tensors_of(trainer, with_adam=False)
     for name, tensor in expected.items():
         if name != "random.cuda" and (name not in tensors or tensors[name].shape != tensor.shape):
@@ -91,12 +102,12 @@ def load_checkpoint(trainer, folder):
             if moments:
                 state[index] = moments
     trainer.optimizer.load_state_dict({"state": state, "param_groups": trainer.optimizer.state_dict()["param_groups"]})
-    trainer.generator.set_state(tensors["random.trainer"])
+    trainer.generator.set_state(generators[trainer.accelerator.process_index])
     torch.set_rng_state(tensors["random.torch"])
     if "random.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random.cuda"])
     numpy_state = tensors["random.numpy"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", numpy_state[:-1], int(numpy_state[-1])))
+    np.random.set_state(("MT19937", numpy_state[:-1], int(numpy_state[-1]), *numpy_gauss))
     random.setstate(python_state)
     trainer.steps_done, trainer.kl_coef, trainer.history = steps_done, kl_coef, history
 
@@ -114,7 +125,7 @@ def tensors_of(trainer, with_adam=True):
         state = trainer.optimizer.state_dict()["state"]
         for index, (name, _) in enumerate(trained(trainer)):
             tensors |= {f"adam.{key}.{name}": value.detach().cpu().contiguous() for key, value in state.get(index, {}).items()}
-    tensors["random.trainer"], tensors["random.torch"] = trainer.generator.get_state(), torch.get_rng_state()
+    tensors["random.torch"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
     _, keys, position, _, _ = np.random.get_state()

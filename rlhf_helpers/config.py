@@ -59,6 +59,8 @@ class PPOConfig:
     value_learning_rate: float | None = setting(None, "of the value head; None: learning_rate")
     temperature: float = setting(1.0, "divides the logits, when sampling and when scoring alike")
     max_new_tokens: int = setting(50, "longest response, in tokens")
+    missing_eos_penalty: float | None = setting(None, "taken from the score of a response that does not end in EOS")
+    kl_budget: float | None = setting(None, "nats of KL per response, mean of 4 steps, past which train() ends (Gao et al. 2023)")
 
     def __post_init__(self):
         number = lambda name: isinstance(getattr(self, name), (int, float)) and math.isfinite(getattr(self, name))
@@ -76,8 +78,10 @@ class PPOConfig:
             need(name, number(name) and getattr(self, name) > 0, "a number above 0")
         for name in ("gamma", "lam"):
             need(name, number(name) and 0 <= getattr(self, name) <= 1, "a number from 0 to 1")
-        for name in ("score_clip", "max_grad_norm", "value_learning_rate"):
+        for name in ("score_clip", "max_grad_norm", "value_learning_rate", "missing_eos_penalty"):
             need(name, getattr(self, name) is None or (number(name) and getattr(self, name) > 0), "None or a number above 0")
+        budget = self.kl_budget
+        need("kl_budget", budget is None or (isinstance(budget, (int, float)) and budget > 0), "None, inf or a number above 0")
         need("kl_penalty", self.kl_penalty in ("kl", "abs", "mse", "full"), '"kl", "abs", "mse" or "full"')
         need("seed", isinstance(self.seed, int) and self.seed >= 0, "a whole number from 0")
         group = self.mini_batch_size * self.gradient_accumulation_steps
@@ -103,7 +107,7 @@ class Profile:
     reward_model: str = "output/reward_model_pairwise"
     prompts: str = DATA_FILE
     heldout_prompts: str = HELDOUT_FILE
-    steps: int = 32  # PPO steps of the main job
+    steps: int = 44  # PPO steps of the main job, at most: the KL budget may end it earlier
     lora_r: int = 8
     lora_alpha: int = 16
     lora_targets: tuple = ("q_proj", "v_proj")
@@ -128,7 +132,8 @@ CPU = Profile(
         value_learning_rate=1e-3,
         lam=1.0,  # the score comes last: with 0.95 it hardly reaches the first of 50 tokens until the value head is good
         init_kl_coef=0.05,
-        adap_kl_ctrl=False,  # at TRL's horizon of 10,000 responses a run of 512 would hardly move it
+        adap_kl_ctrl=False,  # at TRL's horizon of 10,000 responses a run of 704 would hardly move it
+        kl_budget=6.0,  # reached after 30 to 40 steps; past 10 nats the texts go astray before the score tells
         max_grad_norm=1.0,
         temperature=0.7,  # at 1.0 a model this small rambles
     ),

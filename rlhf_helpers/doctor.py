@@ -3,7 +3,7 @@ to try. Thresholds follow TRL's former guide to PPO training and the sources nam
 thumb from runs of this course."""
 
 from dataclasses import dataclass
-from statistics import mean, median
+from statistics import mean, median, pvariance
 
 RECENT = 5  # steps that count as "now"
 
@@ -85,19 +85,24 @@ def clipped_often(run):
 
 
 def value_useless(run):
-    if len(run) >= 20 and (explained := run.now("ppo/val/var_explained")) <= 0:  # h
-        return f"after {len(run)} steps the value head explains {explained:.2f} of the variance of the returns"
+    """The share over ten steps together: that of a single step is all noise, and its mean is ruled by the worst step."""
+    error, var, means = (run.series(key)[-10:] for key in ("ppo/val/error", "ppo/returns/var", "ppo/returns/mean"))
+    if len(run) >= 20 and (spread := mean(var) + pvariance(means)) and (explained := 1 - mean(error) / spread) < -0.1:  # h
+        return f"over the last {len(var)} of {len(run)} steps the value head explains {explained:.2f} of the variance of the returns"
 
 
 def value_spike(run):
+    """Against the steps before it: a loss that starts high and falls is a value head that learns."""
     losses = run.series("ppo/loss/value")
-    if len(losses) >= RECENT and max(losses) > 10 * max(median(losses), 1e-3):
-        return f"the value loss jumped to {max(losses):.2f}; its median is {median(losses):.3f}"
+    for step in range(RECENT, len(losses)):
+        before = median(losses[step - RECENT : step])
+        if losses[step] > 10 * max(before, 1e-3):
+            return f"the value loss jumped to {losses[step]:.2f} at step {step + 1}; before, it was about {before:.3f}"
 
 
 def scores_alike(run):
     if (std := run.now("ppo/std_scores")) < 1e-3:  # h
-        return f"the scores of a batch differ by {std:.1g}: there is nothing to learn from"
+        return f"the scores of a batch differ by {std:.4f}: there is nothing to learn from"
 
 
 def never_ends(run):
@@ -140,7 +145,7 @@ RULES = [
     (value_useless, "the value head cannot follow", "standardised scores, a larger cliprange_value or value_learning_rate"),
     (value_spike, "a score on another scale than the rest", "score_clip, standardised scores"),
     (scores_alike, "a saturated reward model, or one that reads the wrong text", "look at the texts it scores; use the logit"),
-    (never_ends, "EOS is masked, or never paid for", "masks from lengths, a reward that reads the end"),
+    (never_ends, "EOS is masked, or never paid for", "missing_eos_penalty=1.0, masks from lengths"),
     (gets_short, "the KL of a token costs more than the score brings", "a smaller init_kl_coef; check the sign of the score"),
     (entropy_gone, "reward hacking: one text for every prompt", "a larger init_kl_coef; read the samples"),
     (skipped, "a score or a learning rate that is far too large", "score_clip, max_grad_norm, a smaller learning_rate"),

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 
 from rlhf_helpers.gold import distinct2, gold_reward
 
@@ -29,18 +30,26 @@ class Evaluation:
 
 
 def evaluate(trainer, prompts, reward_fn, samples=2, seed=1234, batch_size=40):
-    """Sample `samples` responses to each prompt with a fixed seed, and score them. The trainer is not changed."""
-    prompts = [prompt for prompt in prompts for _ in range(samples)]
-    prompts, queries = trainer.encode(prompts)
+    """Sample `samples` responses to each prompt with a fixed seed, and score them. The trainer is not changed. Several
+    processes share the prompts, and all of them get the whole Evaluation."""
+    prompts, _ = trainer.encode([prompt for prompt in prompts for _ in range(samples)])
+    with trainer.accelerator.split_between_processes(prompts) as part:
+        rows = evaluate_here(trainer, part, reward_fn, seed + trainer.accelerator.process_index, batch_size)
+    texts, rewards, gold, kl = zip(*gather_object(rows))
+    return Evaluation(prompts, list(texts), np.asarray(rewards), np.asarray(gold), np.asarray(kl))
+
+
+def evaluate_here(trainer, prompts, reward_fn, seed, batch_size):
+    """One (response, reward, gold, KL) for each of this process's prompts."""
+    _, queries = trainer.encode(prompts)
     responses = trainer.generate(queries, batch_size=batch_size, generator=torch.Generator().manual_seed(seed))
     texts = trainer.decode(responses)
     kl = []
     for start in range(0, len(queries), batch_size):
         rollout = trainer.inspect(queries[start : start + batch_size], responses[start : start + batch_size])
         kl += (rollout.logprobs - rollout.ref_logprobs).sum(1).tolist()
-    rewards = np.asarray([float(score) for score in reward_fn(prompts, texts)])
-    gold = np.asarray([gold_reward(prompt, text) for prompt, text in zip(prompts, texts)])
-    return Evaluation(prompts, texts, rewards, gold, np.asarray(kl))
+    rewards = [float(score) for score in reward_fn(prompts, texts)]
+    return list(zip(texts, rewards, map(gold_reward, prompts, texts), kl))
 
 
 def paired_gain(prompts, before, after, draws=10_000, seed=0):

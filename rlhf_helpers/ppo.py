@@ -13,21 +13,26 @@ import torch.nn.functional as F
 MAX_LOG_RATIO = 20.0  # exp(20) is finite in fp32; a log-ratio beyond it is an accident, not a policy
 
 
-def masked_mean(x, mask):
+def alone(number):
+    """The sum of a number over all processes, where there is one. Several pass Accelerate's sum as `total` in its place."""
+    return number
+
+
+def masked_mean(x, mask, total=alone):
     """Mean of `x` over the true positions of `mask` (a scalar). Shapes: both (B, T)."""
-    return torch.where(mask, x, 0.0).sum() / mask.sum().clamp(min=1)
+    return total(torch.where(mask, x, 0.0).sum()) / total(mask.sum()).clamp(min=1)
 
 
-def masked_var(x, mask):
+def masked_var(x, mask, total=alone):
     """Unbiased variance of `x` over the true positions of `mask` (a scalar; 0 for a single token)."""
-    squares = torch.where(mask, (x - masked_mean(x, mask)) ** 2, 0.0).sum()
-    return squares / (mask.sum() - 1).clamp(min=1)
+    squares = torch.where(mask, (x - masked_mean(x, mask, total)) ** 2, 0.0).sum()
+    return total(squares) / (total(mask.sum()) - 1).clamp(min=1)
 
 
-def whiten(x, mask, shift_mean=True):
+def whiten(x, mask, shift_mean=True, total=alone):
     """`x` with variance 1 and mean 0 (or its own mean, with `shift_mean=False`) over the mask; 0 elsewhere."""
-    mean = masked_mean(x, mask)
-    whitened = (x - mean) * torch.rsqrt(masked_var(x, mask) + 1e-8)
+    mean = masked_mean(x, mask, total)
+    whitened = (x - mean) * torch.rsqrt(masked_var(x, mask, total) + 1e-8)
     return torch.where(mask, whitened if shift_mean else whitened + mean, 0.0)
 
 

@@ -62,8 +62,10 @@ def fill_rewards(rollout, kl_coef):
     rollout.rewards, rollout.non_score_rewards = ppo.token_rewards(rollout.scores, rollout.kl, rollout.mask, kl_coef)
 
 
-def fill_advantages(rollout, gamma, lam, whiten_rewards=False):
-    """Advantages and returns from rewards and values."""
-    rewards = ppo.whiten(rollout.rewards, rollout.mask, shift_mean=False) if whiten_rewards else rollout.rewards
-    raw, rollout.returns = ppo.gae(rewards, rollout.values, rollout.mask, gamma, lam)
-    rollout.advantages = ppo.whiten(raw, rollout.mask)
+def fill_advantages(rollout, gamma, lam, whiten_rewards=False, total=ppo.alone):
+    """Advantages and returns from rewards and values. `total` sums a number over processes, for the whitening."""
+    mask, rewards = rollout.mask, rollout.rewards
+    if whiten_rewards:
+        rewards = ppo.whiten(rewards, mask, shift_mean=False, total=total)
+    raw, rollout.returns = ppo.gae(rewards, rollout.values, mask, gamma, lam)
+    rollout.advantages = ppo.whiten(raw, mask, total=total)

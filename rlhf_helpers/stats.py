@@ -11,19 +11,20 @@ from rlhf_helpers import ppo
 ARRAYS = ("policy/advantages", "policy/ratio")
 
 
-def minibatch_stats(losses, clipped, entropy, logprobs, values, advantages, returns, mask):
+def minibatch_stats(losses, clipped, entropy, logprobs, values, advantages, returns, mask, vf_coef, total=ppo.alone):
     """A dict of one minibatch: floats (means over its tokens), and the arrays of ARRAYS over its tokens.
 
-    `losses` (policy, value, total) are scalars; `clipped` (policy, value), `logprobs` and `values` (new, old) are pairs of
-    (B, T) tensors, the rest (B, T)."""
-    mean = lambda x: ppo.masked_mean(x, mask).item()
-    (policy_loss, value_loss, loss), (policy_clipped, value_clipped) = losses, clipped
+    `losses`, `clipped` (policy, value), `logprobs` and `values` (new, old) are pairs of (B, T) tensors, the rest (B, T).
+    `total` sums a number over processes: floats are those of all, arrays of this process."""
+    mean = lambda x: ppo.masked_mean(x, mask, total).item()
+    (policy_losses, value_losses), (policy_clipped, value_clipped) = losses, clipped
     (new_logprobs, old_logprobs), (new_values, old_values) = logprobs, values
     ratio = ppo.policy_ratio(new_logprobs, old_logprobs)
+    policy_loss, value_loss = mean(policy_losses), mean(value_losses)
     return {
-        "loss/policy": policy_loss.item(),
-        "loss/value": value_loss.item(),
-        "loss/total": loss.item(),
+        "loss/policy": policy_loss,
+        "loss/value": value_loss,
+        "loss/total": policy_loss + vf_coef * value_loss,
         "policy/entropy": mean(entropy),
         "policy/approxkl": 0.5 * mean((new_logprobs - old_logprobs) ** 2),
         "policy/policykl": mean(old_logprobs - new_logprobs),
@@ -33,46 +34,50 @@ def minibatch_stats(losses, clipped, entropy, logprobs, values, advantages, retu
         "policy/advantages": advantages[mask].cpu().numpy(),
         "policy/ratio": ratio[mask].cpu().numpy(),
         "returns/mean": mean(returns),
-        "returns/var": ppo.masked_var(returns, mask).item(),
+        "returns/var": ppo.masked_var(returns, mask, total).item(),
         "val/vpred": mean(new_values),
         "val/error": mean((new_values - returns) ** 2),
         "val/clipfrac": mean(value_clipped.float()),
         "val/mean": mean(old_values),
-        "val/var": ppo.masked_var(old_values, mask).item(),
+        "val/var": ppo.masked_var(old_values, mask, total).item(),
     }
 
 
-def step_stats(rollout, updates, kl_coef, eos_id):
-    """The dict of one step, from its Rollout and the list of its minibatches' stats. `ppo/*` are means over minibatches."""
-    mask, lengths = rollout.mask, rollout.lengths.float().cpu()
+def step_stats(rollout, updates, kl_coef, eos_id, total=ppo.alone):
+    """The dict of one step, from its Rollout and the list of its minibatches' stats. `ppo/*` are means over minibatches.
+    `total` sums a number over processes: floats are those of all, arrays of this process."""
+    mask, device = rollout.mask, rollout.mask.device
+    every = torch.ones(len(rollout), dtype=torch.bool, device=device)
+    mean = lambda x: ppo.masked_mean(x, every, total).item()
+    std = lambda x: ppo.masked_var(x, every, total).sqrt().item()
     kl = torch.where(mask, rollout.kl, 0.0).sum(1)
-    query_lengths = torch.tensor([len(query) for query in rollout.queries], dtype=torch.float32)
-    std = lambda x: x.std().item() if len(x) > 1 else 0.0
-    ended = [eos_id in response for response in rollout.responses]
+    lengths = rollout.lengths.float()
+    query_lengths = torch.tensor([float(len(query)) for query in rollout.queries], device=device)
+    ended = torch.tensor([float(eos_id in response) for response in rollout.responses], device=device)
     stats = {
-        "objective/kl": kl.mean().item(),
+        "objective/kl": mean(kl),
         "objective/kl_dist": kl.cpu().numpy(),
         "objective/logprobs": rollout.logprobs.cpu().numpy(),
         "objective/ref_logprobs": rollout.ref_logprobs.cpu().numpy(),
         "objective/kl_coef": kl_coef,
-        "objective/entropy": -rollout.logprobs.sum(1).mean().item(),
-        "ppo/mean_non_score_reward": ppo.masked_mean(rollout.non_score_rewards, mask).item(),
-        "ppo/mean_scores": rollout.scores.mean().item(),
+        "objective/entropy": -mean(rollout.logprobs.sum(1)),
+        "ppo/mean_non_score_reward": ppo.masked_mean(rollout.non_score_rewards, mask, total).item(),
+        "ppo/mean_scores": mean(rollout.scores),
         "ppo/std_scores": std(rollout.scores),
-        "tokens/queries_len_mean": query_lengths.mean().item(),
+        "tokens/queries_len_mean": mean(query_lengths),
         "tokens/queries_len_std": std(query_lengths),
-        "tokens/queries_dist": query_lengths.numpy(),
-        "tokens/responses_len_mean": lengths.mean().item(),
+        "tokens/queries_dist": query_lengths.cpu().numpy(),
+        "tokens/responses_len_mean": mean(lengths),
         "tokens/responses_len_std": std(lengths),
-        "tokens/responses_dist": lengths.numpy(),
-        "tokens/responses_eos_frac": sum(ended) / len(ended),
+        "tokens/responses_dist": lengths.cpu().numpy(),
+        "tokens/responses_eos_frac": mean(ended),
     }
     steps = [update for update in updates if "grad_norm" in update]  # the last minibatch of each optimizer step
     for name in [name for name in updates[0] if name not in ("grad_norm", "skipped", *ARRAYS)]:
         stats[f"ppo/{name}"] = sum(update[name] for update in updates) / len(updates)
     for name in ARRAYS:
         stats[f"ppo/{name}"] = np.concatenate([update[name] for update in updates])
-    stats["ppo/policy/first_ratio_error"] = float(np.abs(updates[0]["policy/ratio"] - 1).max())  # 0: nothing moved yet
+    stats["ppo/policy/first_ratio_error"] = float(np.abs(updates[0]["policy/ratio"] - 1).max())  # 0: nothing moved yet (this process)
     stats["ppo/grad_norm"] = sum(update["grad_norm"] for update in steps) / len(steps)
     stats["ppo/skipped_updates"] = sum(update["skipped"] for update in steps)
     returns_var = stats["ppo/returns/var"]

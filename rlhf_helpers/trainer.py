@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from rlhf_helpers import ppo
 from rlhf_helpers.checkpoint import load_checkpoint, save_checkpoint
 from rlhf_helpers.config import project_root
-from rlhf_helpers.models import PolicyWithValueHead, encode_prompt, is_4bit, response_logits
+from rlhf_helpers.models import PolicyWithValueHead, device_and_dtype, encode_prompt, is_4bit, response_logits
 from rlhf_helpers.rollout import collate, fill_advantages, fill_rewards
 from rlhf_helpers.sampling import MergedCopy, can_merge, sample
 from rlhf_helpers.stats import minibatch_stats, step_stats
@@ -47,7 +47,8 @@ class PPOTrainer:
                 "expected a PEFT model, e.g. peft.get_peft_model(model, LoraConfig(task_type='CAUSAL_LM'))"
             )
         self.config, self.tokenizer = config, tokenizer
-        self.accelerator = Accelerator(log_with=config.log_with, project_dir=project_root() / "output" / "tracking")
+        on_cpu = device_and_dtype()[0].type == "cpu"  # said aloud, else Accelerate would not join several processes on a CPU
+        self.accelerator = Accelerator(cpu=on_cpu, log_with=config.log_with, project_dir=project_root() / "output" / "tracking")
         if config.log_with:
             self.accelerator.init_trackers("rlhf-ppo", config={k: v for k, v in vars(config).items() if v is not None})
         if ref_model is None and not model.has_adapters:
@@ -68,6 +69,7 @@ class PPOTrainer:
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.device = self.accelerator.device
         self.generator = torch.Generator().manual_seed(config.seed + 1000 * self.accelerator.process_index)
+        self.total = lambda number: self.accelerator.reduce(number, "sum")  # over processes; with one, the number itself
         self.permutation = lambda n: torch.randperm(n, generator=self.generator).tolist()
         self.kl_coef = config.init_kl_coef
         self.steps_done, self.history, self.rollout = 0, [], None
@@ -131,10 +133,13 @@ class PPOTrainer:
     # ------------------------------------------------------------ train
 
     def train(self, prompts, reward_fn, steps=None, on_step=None):
-        """`steps` more PPO steps (by default one pass over the prompts). `reward_fn(prompts, responses)` takes two lists of
-        str and returns a number for each; `on_step(trainer, stats)` is called after every step. Returns the history."""
+        """`steps` more PPO steps (by default one pass over the prompts), fewer if the KL budget is spent. `reward_fn(prompts,
+        responses)` takes two lists of str and returns a number for each; `on_step(trainer, stats)` is called after every
+        step. Returns the history."""
         prompts, queries = self.encode(prompts)
         for _ in range(max(1, len(prompts) // self.config.batch_size) if steps is None else steps):
+            if self.kl_budget_spent():
+                break
             rows = self.next_rows(len(prompts))
             batch, batch_queries = [prompts[i] for i in rows], [queries[i] for i in rows]
             clock = time.perf_counter()
@@ -148,6 +153,11 @@ class PPOTrainer:
             if on_step:
                 on_step(self, stats)
         return self.history
+
+    def kl_budget_spent(self):
+        """Whether the mean KL of the last 4 steps is above PPOConfig.kl_budget."""
+        last = [stats["objective/kl"] for stats in self.history[-4:]]
+        return self.config.kl_budget is not None and bool(last) and sum(last) / len(last) > self.config.kl_budget
 
     def encode(self, prompts):
         """(prompts, queries): those that leave room for a response, and their token ids. The others are counted in a warning."""
@@ -178,12 +188,12 @@ class PPOTrainer:
         `scores`: batch_size numbers. Returns the stats under TRL 0.11's keys. Bad input raises ValueError before anything
         changes; RuntimeError if an adapter got no gradient."""
         started = time.perf_counter()
-        rollout = self._collect(*self._checked(queries, responses, scores))
+        rollout = self._collect(*self._checked(queries, responses, scores), total=self.total)
         self.rollout = rollout
         collected = time.perf_counter()
         updates = self._optimize(rollout)
         optimized = time.perf_counter()
-        stats = step_stats(rollout, updates, self.kl_coef, self.tokenizer.eos_token_id)
+        stats = step_stats(rollout, updates, self.kl_coef, self.tokenizer.eos_token_id, self.total)
         stats |= {"ppo/learning_rate": self.config.learning_rate, **self._times}
         if self.config.adap_kl_ctrl:
             n_samples = self.config.batch_size * self.accelerator.num_processes
@@ -204,11 +214,15 @@ class PPOTrainer:
         scores = torch.zeros(len(responses)) if scores is None else scores
         return self._collect(*self._checked(queries, responses, scores, size=len(queries)))
 
-    def _collect(self, queries, responses, scores):
-        """The rollout: log-probs under policy and reference, values, rewards, advantages, returns. No gradients."""
+    def _collect(self, queries, responses, scores, total=ppo.alone):
+        """The rollout: log-probs under policy and reference, values, rewards, advantages, returns. No gradients. `total`
+        makes the whitening that of all processes."""
         config, clock = self.config, time.perf_counter()
         if config.score_clip is not None:
             scores = scores.clamp(-config.score_clip, config.score_clip)
+        if config.missing_eos_penalty is not None:
+            unfinished = torch.tensor([self.tokenizer.eos_token_id not in response for response in responses])
+            scores = scores - config.missing_eos_penalty * unfinished
         rollout = collate(queries, responses, scores, self.tokenizer.pad_token_id, self.device)
         chunks = torch.arange(len(rollout), device=self.device).split(config.mini_batch_size)
         parts = [self._score_tokens(rollout, rows) for rows in chunks]
@@ -218,7 +232,7 @@ class PPOTrainer:
         fill_rewards(rollout, self.kl_coef)
         self._times["time/ppo/compute_rewards"] = time.perf_counter() - clock
         clock = time.perf_counter()
-        fill_advantages(rollout, config.gamma, config.lam, config.whiten_rewards)
+        fill_advantages(rollout, config.gamma, config.lam, config.whiten_rewards, total)
         self._times["time/ppo/compute_advantages"] = time.perf_counter() - clock
         return rollout
 
@@ -257,16 +271,15 @@ class PPOTrainer:
         return updates
 
     def _update(self, rollout, group):
-        """One optimizer step on the rows `group`, a minibatch at a time. A token counts the same in whichever minibatch it
-        is, so accumulation gives the gradient of the whole group."""
+        """One optimizer step on the rows `group`, a minibatch at a time. A token counts the same in whichever minibatch, and
+        on whichever process, it is, so that accumulation gives the gradient of the whole group."""
         updates, usable = [], True
-        group_tokens = rollout.mask[group].sum()
+        tokens_per_process = self.total(rollout.mask[group].sum()) / self.accelerator.num_processes  # gradients are averaged
         with self.model.without_dropout(checkpointing=True):
             for rows in group.split(self.config.mini_batch_size):
-                losses, stats = self._minibatch(rollout, rows)
-                share = rollout.mask[rows].sum() / group_tokens
+                loss, stats = self._minibatch(rollout, rows)
                 usable &= math.isfinite(stats["loss/total"]) and stats["policy/ratio_mean"] <= self.config.ratio_threshold
-                self.accelerator.backward(losses * share)
+                self.accelerator.backward(loss * rollout.mask[rows].sum() / tokens_per_process)
                 updates.append(stats)
         self._require_gradients()
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)
@@ -292,7 +305,7 @@ class PPOTrainer:
 
         with torch.no_grad():
             stats = minibatch_stats(
-                losses=(policy_loss, value_loss, loss),
+                losses=(policy_losses, value_losses),
                 clipped=(policy_clipped, value_clipped),
                 entropy=ppo.entropy_from_logits(logits, mask, config.temperature),
                 logprobs=(logprobs, old_logprobs),
@@ -300,6 +313,8 @@ class PPOTrainer:
                 advantages=advantages,
                 returns=returns,
                 mask=mask,
+                vf_coef=config.vf_coef,
+                total=self.total,
             )
         return loss, stats
 
@@ -317,8 +332,7 @@ class PPOTrainer:
     def save(self, folder):
         """Keep everything in one folder: the adapters (plain PEFT loads them), the value head (where TRL looks for it), Adam,
         KL coefficient, random states, history. The folder appears whole or not at all."""
-        if self.accelerator.is_main_process:
-            save_checkpoint(self, folder)
+        save_checkpoint(self, folder)
         self.accelerator.wait_for_everyone()
 
     def resume(self, folder):

@@ -116,7 +116,7 @@ DAMAGE = {
     "an adapter missing": lambda f: edit_tensors(f, lambda t: t.pop(adapter(t))),
     "an adapter too many": lambda f: edit_tensors(f, lambda t: t.update({"param.more": torch.zeros(1)})),
     "an adapter of another shape": lambda f: edit_tensors(f, lambda t: t.update({adapter(t): torch.zeros(3, 3)})),
-    "no random state": lambda f: edit_tensors(f, lambda t: t.pop("random.trainer")),
+    "no random state": lambda f: edit_tensors(f, lambda t: t.pop("random.trainer.0")),
     "history cut short": lambda f: cut(f / "history.jsonl"),
     "history missing": lambda f: (f / "history.jsonl").unlink(),
 }

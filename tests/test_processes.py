@@ -1,0 +1,44 @@
+"""Several processes, started by `accelerate launch` on the CPU (gloo), as a user starts them."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+# Without --multi_gpu, `accelerate launch` starts a single process where it sees no second GPU; with it, on a CPU, as many as asked.
+LAUNCH = "-m accelerate.commands.launch --multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process 1"
+
+
+def launch(processes, *arguments, port=29611):
+    """The output of `accelerate launch`; fails with it if the status is not 0."""
+    command = [sys.executable, *LAUNCH.split(), "--num_processes", str(processes), "--main_process_port", str(port), "-m", *arguments]
+    if processes == 1:
+        command = [sys.executable, "-m", *arguments]
+    ran = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert ran.returncode == 0, ran.stdout
+    return ran.stdout
+
+
+def test_two_processes_with_half_the_batch_each_make_the_update_of_one_with_the_whole(tmp_path):
+    for processes in (1, 2):
+        (tmp_path / str(processes)).mkdir()
+        launch(processes, "tests.worker", "update", str(tmp_path / str(processes)))
+    one, two = (load_file(tmp_path / n / "weights") for n in ("1", "2"))
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=0)
+    one, two = (torch.load(tmp_path / n / "stats", weights_only=True) for n in ("1", "2"))
+    assert two == pytest.approx(one, abs=1e-5)
+
+
+def test_two_processes_resume_bitwise_each_with_its_own_random_state(tmp_path):
+    output = launch(2, "tests.worker", "resume", str(tmp_path))
+    assert "process 0 of 2: resumed bitwise" in output and "process 1 of 2: resumed bitwise" in output
+
+
+def test_an_update_that_one_process_cannot_make_is_made_by_none(tmp_path):
+    output = launch(2, "tests.worker", "unlucky", str(tmp_path))
+    assert "process 0: skipped 1" in output and "process 1: skipped 1" in output

@@ -1,0 +1,69 @@
+"""What each process of tests/test_processes.py runs: `accelerate launch ... -m tests.worker JOB FOLDER`."""
+
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from safetensors.torch import save_file
+
+from tests import tiny
+
+ORDERS = {4: [0, 2, 1, 3], 2: [0, 1]}  # of the rows: either way the first minibatch is made of rows 0 and 2
+
+
+def my_share(trainer, sequence):
+    """This process's rows of the batch, as PPOTrainer.train deals them: neighbours stay together."""
+    rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
+    size = len(sequence) // world
+    return sequence[rank * size : (rank + 1) * size]
+
+
+def stepped(steps=2, **config):
+    """A trainer after `steps` steps on fixed batches, one optimizer step per epoch; each process has its share of the rows."""
+    world = PartialState(cpu=True).num_processes
+    settings = dict(batch_size=4 // world, mini_batch_size=2 // world, gradient_accumulation_steps=2, ppo_epochs=2)
+    trainer = tiny.trainer(**settings | dict(max_grad_norm=0.5, whiten_rewards=True, cliprange=0.05) | config)
+    trainer.permutation = ORDERS.get
+    for step in range(steps):
+        trainer.step(*(my_share(trainer, part) for part in tiny.batch(4, seed=step)))
+    return trainer
+
+
+def update(folder):
+    trainer = stepped()
+    if trainer.accelerator.is_main_process:
+        save_file({name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}, folder / "weights")
+        torch.save({k: v for k, v in trainer.history[-1].items() if not k.startswith("time/")}, folder / "stats")
+
+
+def resume(folder):
+    """Two and two steps with a save between them, or four in a row: the adapters are bitwise the same."""
+    prompts, reward = [f"t{i} t{i + 1}" for i in range(4, 12)], lambda prompts, texts: [len(text.split()) % 5 for text in texts]
+    make = lambda: tiny.trainer(batch_size=2, mini_batch_size=2)
+    whole = make()
+    whole.train(prompts, reward, steps=4)
+    first = make()
+    first.train(prompts, reward, steps=2)
+    first.save(folder / "checkpoint")
+    second = make()
+    second.resume(folder / "checkpoint")
+    second.train(prompts, reward, steps=2)
+    assert tiny.same(tiny.state(whole), tiny.state(second)), "the resumed run differs"
+    responses = [row["tokens/responses_len_mean"] for row in whole.history]
+    print(f"process {PartialState(cpu=True).process_index} of {PartialState(cpu=True).num_processes}: resumed bitwise, {responses}", flush=True)
+
+
+def unlucky(folder):
+    """One process gets scores beyond all bounds: both leave the update out, and both have the same weights."""
+    trainer = tiny.trainer(batch_size=2, mini_batch_size=2)
+    queries, responses, scores = tiny.batch(2, seed=trainer.accelerator.process_index)
+    before = [p.detach().clone() for p in trainer.parameters]
+    stats = trainer.step(queries, responses, [3e38, -3e38] if trainer.accelerator.process_index == 1 else scores)
+    assert all(torch.equal(p, old) for p, old in zip(trainer.parameters, before)), "a weight moved"
+    print(f"process {trainer.accelerator.process_index}: skipped {stats['ppo/skipped_updates']:.0f}", flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    {"update": update, "resume": resume, "unlucky": unlucky}[sys.argv[1]](Path(sys.argv[2]))
