@@ -5,7 +5,7 @@ wants (gold) as well as by what the reward model learnt of it (proxy). In words:
 its subject, and not repeat itself; gushing is worse than being plain.*
 
     gold = warmth + on_subject - repetition
-    warmth      number of different warm words, up to 3; every one beyond the third takes half a point back
+    warmth      number of different warm words, up to 3; every one beyond the third takes a point back
     on_subject  0.5 if the answer names what the prompt asks about, else 0
     repetition  4 x the share of word pairs that occurred before in the answer
 """
@@ -63,7 +63,7 @@ def repeated_share(text):
 def gold_reward(prompt, response):
     """What the annotator would give the response, a float; about -4 to 3.5."""
     warm = warm_words(response)
-    warmth = min(warm, 3) - 0.5 * max(warm - 3, 0)
+    warmth = min(warm, 3) - max(warm - 3, 0)
     return warmth + 0.5 * names_subject(prompt, response) - 4 * repeated_share(response)
 
 

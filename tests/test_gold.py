@@ -11,7 +11,7 @@ def test_warm_words_are_counted_once_each():
     assert warm_words("A lovely, LOVELY, warm day") == 2
 
 
-@pytest.mark.parametrize("count, reward", [(0, 0.0), (1, 1.0), (3, 3.0), (4, 2.5), (7, 1.0)])
+@pytest.mark.parametrize("count, reward", [(0, 0.0), (1, 1.0), (3, 3.0), (4, 2.0), (7, -1.0)])
 def test_three_warm_words_are_best_and_gushing_takes_points_back(count, reward):
     assert gold_reward("Write about zebras.", " ".join(sorted(WARM)[:count])) == reward
 

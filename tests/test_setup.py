@@ -79,5 +79,18 @@ def test_the_prompts_are_240_over_16_subjects_and_60_are_held_out_of_training():
     subjects = {r["subject"] for split in ("train", "heldout") for r in read_jsonl(ROOT / "data" / f"prompts_{split}.jsonl")}
     assert len(subjects) == 16
     pairs = load_preferences(ROOT / "data" / "pairwise_prefs_part_1.jsonl")
-    assert len(pairs) == 618 and {pair["prompt"] for pair in pairs} <= set(train)
+    assert len(pairs) == 619 and {pair["prompt"] for pair in pairs} <= set(train)
     assert all(pair["chosen"] != pair["rejected"] for pair in pairs)
+
+
+def test_every_test_that_the_table_of_requirements_names_exists():
+    table = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \|.*\|(.*)\|$", table, re.MULTILINE)
+    assert [int(number) for number, _ in rows] == list(range(1, 31))
+    assert all("::test_" in tests for _, tests in rows)
+    missing = []
+    for file, test in re.findall(r"`(test_\w+\.py)::(\w+)`", table):
+        source = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        if not re.search(rf"^def {test}\(", source, re.MULTILINE):
+            missing.append(f"{file}::{test}")
+    assert missing == [] and table.count("::") == len(re.findall(r"`test_\w+\.py::test_\w+`", table))
