@@ -59,7 +59,7 @@ class PPOConfig:
     value_learning_rate: float | None = setting(None, "of the value head; None: learning_rate")
     temperature: float = setting(1.0, "divides the logits, when sampling and when scoring alike")
     max_new_tokens: int = setting(50, "longest response, in tokens")
-    missing_eos_penalty: float | None = setting(None, "taken from the score of a response that does not end in EOS")
+    missing_eos_penalty: float | None = setting(None, "taken from the score of a response without EOS")
     kl_budget: float | None = setting(None, "nats of KL per response, mean of 4 steps, past which train() ends (Gao et al. 2023)")
 
     def __post_init__(self):

@@ -85,10 +85,11 @@ def clipped_often(run):
 
 
 def value_useless(run):
-    """The share over ten steps together: that of a single step is all noise, and its mean is ruled by the worst step."""
+    """The share over ten steps together: that of one step is mostly noise, and the worst step would rule a mean of shares."""
     error, var, means = (run.series(key)[-10:] for key in ("ppo/val/error", "ppo/returns/var", "ppo/returns/mean"))
-    if len(run) >= 20 and (spread := mean(var) + pvariance(means)) and (explained := 1 - mean(error) / spread) < -0.1:  # h
-        return f"over the last {len(var)} of {len(run)} steps the value head explains {explained:.2f} of the variance of the returns"
+    spread = mean(var or [0.0]) + pvariance(means or [0.0])
+    if len(run) >= 20 and spread > 0 and (explained := 1 - mean(error) / spread) < -0.1:  # h
+        return f"the value head explains {explained:.2f} of the variance of the returns over the last 10 of {len(run)} steps"
 
 
 def value_spike(run):
@@ -107,7 +108,7 @@ def scores_alike(run):
 
 def never_ends(run):
     start, now = run.first("tokens/responses_eos_frac"), run.now("tokens/responses_eos_frac")
-    if start >= 0.2 and now < start / 4:  # h
+    if start >= 0.1 and now < start / 4:  # h
         return f"the share of responses that end by themselves fell from {start:.0%} to {now:.0%}"
 
 
@@ -125,7 +126,7 @@ def entropy_gone(run):
 
 def skipped(run):
     if count := sum(run.series("ppo/skipped_updates")):
-        return f"{count:.0f} updates were left out: their loss, gradient or ratio was beyond all bounds"
+        return f"updates left out: {count:.0f}, for a loss, gradient or ratio beyond all bounds"
 
 
 def coefficient_climbs(run):

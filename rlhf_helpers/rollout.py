@@ -14,7 +14,7 @@ class Rollout:
 
     queries: list  # B LongTensors: token ids of the rendered prompts
     responses: list  # B LongTensors: token ids that the policy wrote, EOS included
-    scores: torch.Tensor  # (B,) what the reward model gave, after clipping
+    scores: torch.Tensor  # (B,) what the reward model gave, after clipping and the penalty for a missing EOS
     input_ids: torch.Tensor  # (B, P + T) prompt padded on the left, response on the right
     attention_mask: torch.Tensor  # (B, P + T) 1 on real tokens
     response_ids: torch.Tensor  # (B, T)

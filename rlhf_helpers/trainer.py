@@ -94,6 +94,8 @@ class PPOTrainer:
                 f"generate: temperature {temperature} is not PPOConfig.temperature {self.config.temperature}, at which log-probs are taken"
             )
         eos_id = kwargs.pop("eos_token_id", self.tokenizer.eos_token_id)
+        if not isinstance(eos_id, int):
+            raise ValueError(f"generate: eos_token_id={eos_id!r}; expected one token id")
         pad_id = kwargs.pop("pad_token_id", self.tokenizer.pad_token_id)
         for name, value in kwargs.items():
             if name not in NEUTRAL:

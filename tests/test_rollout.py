@@ -1,5 +1,8 @@
 """How one batch becomes tensors: shapes, masks, dtypes, and what padding may not change."""
 
+import functools
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -76,3 +79,39 @@ def test_whitened_rewards_leave_rewards_as_they_are_for_looking_at():
     plain, white = filled(*tiny.batch()), filled(*tiny.batch(), whiten_rewards=True)
     assert torch.equal(plain.rewards, white.rewards)
     assert not torch.equal(plain.returns, white.returns)
+
+
+# ---------------------------------------------------------------- padding, through the whole trainer
+
+
+@functools.cache
+def trained(family):
+    """A policy away from its reference, with values that matter; minibatches of two."""
+    lm = {"llama": tiny.llama, "gpt2": tiny.gpt2}[family]()
+    lm = tiny.with_lora(lm, "all-linear", b_scale=0.1)
+    return tiny.trainer(lm, mini_batch_size=2, init_kl_coef=0.3, temperature=0.8)
+
+
+sizes = st.tuples(st.integers(1, 6), st.integers(1, 8))  # of a query and its response
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(rows=st.lists(sizes, min_size=2, max_size=4), data=st.data())
+def test_what_a_response_gets_depends_on_neither_its_neighbours_nor_its_row(family, rows, data):
+    """In another order, alone, and beside one that is longer on both sides."""
+    everyone, order = list(range(len(rows))), data.draw(st.permutations(range(len(rows))))
+    g = torch.Generator().manual_seed(data.draw(st.integers(0, 10_000)))
+    queries, responses = ([torch.randint(4, tiny.V, (n,), generator=g) for n in column] for column in zip(*rows, (12, 15)))
+    scores = torch.randn(len(rows) + 1, generator=g)
+    inspect = lambda places: trained(family).inspect(*([x[i] for i in places] for x in (queries, responses, scores)))
+    together = inspect(everyone)
+    assert (together.kl[together.mask] != 0).all() and (together.values[together.mask] != 0).all()
+    for places in (order, [*everyone, len(rows)], *([i] for i in everyone)):
+        rollout = inspect(places)
+        for name in ("logprobs", "ref_logprobs", "values", "kl", "rewards", "returns"):
+            for row, place in enumerate(place for place in places if place in everyone):
+                n = len(responses[place])
+                got, expected = getattr(rollout, name)[row], getattr(together, name)[place]
+                assert (got[:n] - expected[:n]).abs().max() < 1e-5, name
+                assert (got[n:] == 0).all(), name

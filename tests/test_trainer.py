@@ -585,3 +585,164 @@ def test_the_policy_cannot_be_its_own_reference_in_training():
     with pytest.raises(ValueError, match="ref_model is the policy itself"):
         tiny.trainer(lm, ref_model=lm)
     assert any(parameter.requires_grad for parameter in lm.parameters())
+
+
+# ---------------------------------------------------------------- where a response ends
+
+
+ENDS = [torch.tensor([5, EOS]), torch.tensor([5, 6]), torch.tensor([EOS]), torch.tensor([EOS, 8])]  # the last one has it inside
+
+
+def test_the_penalty_is_taken_from_the_score_of_a_response_without_eos_and_from_no_other():
+    trainer = tiny.trainer(missing_eos_penalty=0.75)
+    stats = trainer.step(QUERIES, ENDS, [1.0, 1.0, -2.0, 0.5])
+    assert trainer.rollout.scores.tolist() == [1.0, 0.25, -2.0, 0.5]
+    assert trainer.rollout.rewards[1, :2].sum() == 0.25  # KL is 0 so far
+    assert stats["ppo/mean_scores"] == pytest.approx(-0.0625)
+    plain = tiny.trainer()
+    plain.step(QUERIES, ENDS, [1.0, 1.0, -2.0, 0.5])
+    assert plain.rollout.scores.tolist() == [1.0, 1.0, -2.0, 0.5]
+
+
+def test_the_penalty_comes_after_the_clipping_of_scores():
+    rollout = tiny.trainer(missing_eos_penalty=1.0, score_clip=0.5).inspect(QUERIES, ENDS, [9.0, 9.0, -9.0, 0.0])
+    assert rollout.scores.tolist() == [0.5, -0.5, -0.5, 0.0]
+
+
+def test_the_reward_function_reads_the_text_of_the_very_response_that_is_learnt_from():
+    """Cut behind the first EOS for both: what the policy is paid for is what it wrote."""
+    texts, lm = [], with_lora(tiny.llama(vocab_size=32))
+    trainer = tiny.trainer(lm, missing_eos_penalty=1.0, batch_size=16, mini_batch_size=16)
+    trainer.train(PROMPTS, lambda prompts, responses: texts.extend(responses) or [3.0] * 16, steps=1)
+    responses = [response.tolist() for response in trainer.rollout.responses]
+    ended = [EOS in response for response in responses]
+    assert True in ended and False in ended
+    assert all(response.index(EOS) == len(response) - 1 for response in responses if EOS in response)
+    words = [[f"t{i}" for i in response if i >= 4] for response in responses]
+    assert [text.split() for text in texts] == words
+    assert trainer.rollout.scores.tolist() == [3.0 if end else 2.0 for end in ended]
+
+
+def test_where_pad_is_eos_the_policy_still_learns_to_stop():
+    tokenizer = tiny.tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    trainer, query = tiny.trainer(tokenizer=tokenizer), torch.tensor([5, 6])
+    queries, responses = [query] * 4, [torch.tensor(ids) for ids in ([7, EOS], [7, 8, 9], [7, EOS], [7, 8, EOS, 9])]
+    stop = lambda: trainer.inspect([query], [torch.tensor([7, EOS])]).logprobs[0, 1].item()
+    before = stop()
+    trainer.step(queries, responses, [1.0, -1.0, 1.0, -1.0])
+    assert trainer.rollout.lengths.tolist() == [2, 3, 2, 4]
+    assert stop() > before + 0.01
+
+
+# ---------------------------------------------------------------- the KL budget
+
+
+def spend(kl_budget, steps=12, **config):
+    """A trainer after `steps` steps at most, with the KL of each."""
+    trainer = tiny.trainer(with_lora(tiny.llama(), b_scale=0.3), kl_budget=kl_budget, learning_rate=1e-3, **config)
+    trainer.train(PROMPTS, lambda prompts, responses: [float(len(r)) for r in responses], steps=steps)
+    return trainer, [row["objective/kl"] for row in trainer.history]
+
+
+def test_train_ends_once_the_mean_kl_of_four_steps_is_above_the_budget():
+    _, free = spend(None)
+    means = [sum(free[max(0, n - 4) : n]) / len(free[max(0, n - 4) : n]) for n in range(1, 13)]  # after n steps
+    budget = sorted(means[4:])[4]
+    expected = next(n for n, mean in enumerate(means, 1) if mean > budget)
+    trainer, kl = spend(budget)
+    assert kl == free[:expected] and 1 <= expected < 12 and trainer.kl_budget_spent()
+
+
+def test_one_step_far_off_counts_for_a_quarter():
+    """Adapters that are away from zero in step 6 alone, so that only this step has a KL."""
+
+    def spent(kl_budget):
+        trainer = tiny.trainer(kl_budget=kl_budget, learning_rate=0.0)
+        torch.manual_seed(0)
+
+        def disturb(trainer, stats):
+            for parameter in adapters(trainer).values():
+                parameter.data.normal_(0, 0.7) if trainer.steps_done == 5 else parameter.data.zero_()
+
+        history = trainer.train(PROMPTS, lambda prompts, responses: [0.0, 1.0, 2.0, 3.0], steps=8, on_step=disturb)
+        return [row["objective/kl"] for row in history]
+
+    kl = spent(None)
+    assert kl[5] > 1 and kl[:5] + kl[6:] == [0.0] * 7
+    assert spent(kl[5] / 3.5) == kl and spent(kl[5] / 4.5) == kl[:6]
+
+
+def test_an_infinite_budget_is_never_spent_and_none_is_no_budget():
+    assert spend(math.inf)[1] == spend(None)[1]
+    for wrong in (0, -1.0, math.nan, "7"):
+        with pytest.raises(ValueError, match="PPOConfig.kl_budget is .*; expected None, inf or a number above 0"):
+            PPOConfig(kl_budget=wrong)
+
+
+def test_a_run_whose_budget_is_spent_does_not_go_on_after_it_is_resumed(tmp_path):
+    trainer, kl = spend(1e-3)
+    trainer.save(tmp_path / "checkpoint")
+    resumed = tiny.trainer(with_lora(tiny.llama()), kl_budget=1e-3, learning_rate=1e-3)
+    resumed.resume(tmp_path / "checkpoint")
+    fail = lambda *args: pytest.fail("a response was paid for")
+    assert len(resumed.train(PROMPTS, fail, steps=5)) == len(kl) == resumed.steps_done
+    more = tiny.trainer(with_lora(tiny.llama()), kl_budget=math.inf, learning_rate=1e-3)
+    more.resume(tmp_path / "checkpoint")  # a larger budget lets it
+    assert len(more.train(PROMPTS, lambda prompts, responses: [0.0, 1.0, 2.0, 3.0], steps=2)) == len(kl) + 2
+
+
+# ---------------------------------------------------------------- one distribution, one reference
+
+
+def test_sampled_tokens_are_as_frequent_as_their_logprobs_say():
+    """What generate draws and what inspect scores is one distribution, adapters and temperature included."""
+    trainer = tiny.trainer(with_lora(tiny.llama(vocab_size=16), b_scale=0.3), temperature=0.7, max_new_tokens=1)
+    query, n = torch.tensor([5, 6, 7]), 5000
+    tokens = torch.cat(trainer.generate([query] * n))
+    logprobs = trainer.inspect([query] * 16, [torch.tensor([i]) for i in range(16)]).logprobs[:, 0]
+    assert logprobs.exp().sum().item() == pytest.approx(1, abs=1e-5)
+    expected, counts = logprobs.exp() * n, torch.bincount(tokens, minlength=16)
+    deviations = (counts - expected) / (expected * (1 - logprobs.exp())).sqrt()
+    assert deviations[expected > 5].abs().max() < 4 and counts[expected <= 5].sum() < 5 * 16
+    with trainer.model.adapters_off():
+        other = trainer.model(torch.tensor([[5, 6, 7, 8]]), torch.ones(1, 4, dtype=torch.long), 1)[0][0, 0]
+    assert ((counts - (other / 0.7).softmax(-1) * n).abs() > 100).any()  # without adapters it is another one
+
+
+def test_kl_is_0_at_first_for_a_run_on_a_base_with_the_trained_adapter_merged_in():
+    sft = with_lora(tiny.llama(), b_scale=0.3)
+    expected = tiny.trainer(copy.deepcopy(sft)).inspect(*batch()).logprobs
+    trainer = tiny.trainer(with_lora(sft.merge_and_unload()))
+    assert trainer.step(*batch())["objective/kl"] == 0
+    torch.testing.assert_close(trainer.rollout.ref_logprobs, expected, atol=1e-5, rtol=1e-5)
+    assert trainer.step(*batch())["objective/kl"] != 0
+
+
+def test_a_gradient_that_is_not_finite_leaves_weights_and_adam_alone_though_the_loss_is():
+    trainer = tiny.trainer()
+    trainer.step(*batch())
+    before, parameter = state(trainer), next(iter(adapters(trainer).values()))
+    handle = parameter.register_hook(lambda gradient: gradient * math.nan)
+    stats = trainer.step(*batch())
+    after = state(trainer)
+    assert math.isfinite(stats["ppo/loss/total"]) and stats["ppo/skipped_updates"] == 1
+    assert all(torch.equal(after[name], before[name]) for name in after if name not in ("steps", "kl_coef"))
+    handle.remove()
+    assert trainer.step(*batch())["ppo/skipped_updates"] == 0 and not same(state(trainer), before)
+
+
+# ---------------------------------------------------------------- a long run in 4 bits
+
+
+@pytest.mark.slow
+def test_200_steps_in_4_bits_leave_no_nan_in_weights_or_stats(nf4):
+    trainer = tiny.trainer(nf4(), learning_rate=5e-3, max_grad_norm=1.0, temperature=0.7, ppo_epochs=2, mini_batch_size=2)
+    before = state(trainer)
+    trainer.train(PROMPTS, lambda prompts, responses: [len(set(text.split())) / 4 - 1 for text in responses], steps=200)
+    after = state(trainer)
+    assert [name for name, tensor in after.items() if not torch.isfinite(tensor).all()] == []
+    assert all(not torch.equal(tensor, before[name]) for name, tensor in adapters(trainer).items())
+    wrong = [(row["step"], key) for row in trainer.history for key, number in row.items() if not math.isfinite(number)]
+    assert wrong == [] and len(trainer.history) == 200
+    assert sum(row["ppo/skipped_updates"] for row in trainer.history) == 0

@@ -1,0 +1,239 @@
+"""The doctor: every rule is provoked in a real run of a tiny model, and a run that learns gets no finding."""
+
+import re
+from pathlib import Path
+from statistics import mean, median
+
+import pytest
+import torch
+
+from rlhf_helpers import doctor
+from rlhf_helpers.data import read_jsonl, save_jsonl
+from rlhf_helpers.doctor import examine
+from tests import tiny
+
+WORDS = 32  # a vocabulary so small that every word is met in a batch, and one response in five ends by itself
+PROMPTS = [f"t{i} t{j}" for i in range(4, 30, 3) for j in range(5, 30, 4)]
+
+
+def trainer(lm=None, ref_model=None, **config):
+    """A trainer whose policy begins as its reference and whose value head begins at 0, as in a run of the course."""
+    lm = tiny.with_lora(tiny.llama(vocab_size=WORDS), "all-linear") if lm is None else lm
+    settings = dict(batch_size=16, mini_batch_size=16, learning_rate=5e-3, init_kl_coef=0.2, adap_kl_ctrl=False, lam=1.0)
+    return tiny.trainer(lm, ref_model, value_head=0.0, **settings | config)
+
+
+def even(prompts, responses):
+    """Pays even words: +2 for a response of nothing else, -2 for one without any."""
+    rows = [[int(word[1:]) % 2 == 0 for word in text.split()] for text in responses]
+    return [4 * (sum(row) / max(1, len(row)) - 0.5) for row in rows]
+
+
+def count(word):
+    return lambda prompts, responses: [float(text.split().count(word)) for text in responses]
+
+
+def length(prompts, responses):
+    return [float(len(text.split())) for text in responses]
+
+
+def run(reward=even, steps=5, **config):
+    return trainer(**config).train(PROMPTS, reward, steps=steps)
+
+
+def diagnosed(rule, history, symptom, cause, remedy, alone=True):
+    """The doctor says this symptom, with its number, once, with that cause and remedy; and says nothing else, if `alone`."""
+    findings = examine(history)
+    (finding,) = [each for each in findings if each.symptom == symptom] or pytest.fail(f"{symptom!r} is not in {findings}")
+    assert rule(doctor.Run(history)) == symptom
+    assert cause in finding.cause and remedy in finding.remedy
+    assert not alone or findings == [finding]
+
+
+# ---------------------------------------------------------------- healthy
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_run_that_learns_gets_no_finding(seed):
+    config = dict(batch_size=32, mini_batch_size=32, value_learning_rate=3e-2, missing_eos_penalty=0.5, seed=seed)
+    history = run(steps=30, **config)
+    scores = [row["ppo/mean_scores"] for row in history]
+    assert mean(scores[-5:]) > mean(scores[:5]) + 0.8 and 1 < history[-1]["objective/kl"] < 6
+    for steps in (1, 5, 20, 30):
+        assert examine(history[:steps]) == [], f"after {steps} steps"
+
+
+def test_a_run_without_steps_gets_no_finding():
+    assert examine([]) == [] == examine(trainer().history)
+
+
+def test_a_value_loss_that_starts_high_and_falls_is_no_spike():
+    far = lambda prompts, responses: [x + 10 for x in even(prompts, responses)]
+    history = run(far, steps=40, value_learning_rate=0.3, cliprange_value=100.0, batch_size=8, mini_batch_size=8)
+    losses = [row["ppo/loss/value"] for row in history]
+    assert losses[0] > 10 * median(losses) and doctor.value_spike(doctor.Run(history)) is None
+
+
+def test_a_finding_reads_as_one_sentence_each_for_symptom_cause_and_remedy():
+    finding = doctor.Finding("it is 3", "too much of it", "less")
+    assert str(finding) == "it is 3. Likely: too much of it. Try: less."
+
+
+def test_a_history_from_its_file_gives_the_same_findings(tmp_path):
+    history = run(lambda prompts, responses: [1.0] * 16)
+    save_jsonl(tmp_path / "history.jsonl", history)
+    assert examine(read_jsonl(tmp_path / "history.jsonl")) == examine(history) != []
+
+
+# ---------------------------------------------------------------- the reference, the sampling, the two passes
+
+
+def test_a_reference_in_another_dtype_shows_before_anything_is_learnt():
+    history = run(ref_model=tiny.llama(vocab_size=WORDS).bfloat16(), steps=1)
+    kl = history[0]["objective/kl"]
+    assert 1e-3 < abs(kl) < 0.1
+    symptom = f"KL is {kl:+.4f} at the first step, before anything was learnt"
+    diagnosed(doctor.kl_at_start, history, symptom, "another dtype", "ref_model=None")
+
+
+def test_responses_that_the_policy_did_not_sample_make_kl_negative():
+    """The reference's favourite responses, as a generate() with options of its own would give."""
+    run = trainer(learning_rate=1e-2, init_kl_coef=0.05)
+    _, queries = run.encode(PROMPTS[:16])
+    for _ in range(8):
+        responses = run.generate(queries, greedy=True, reference=True)
+        run.step(queries, responses, even(None, run.decode(responses)))
+    kl = mean(row["objective/kl"] for row in run.history[-5:])
+    symptom = f"KL is {kl:+.2f} nats over the last 5 steps, and a KL divergence cannot be negative"
+    assert kl < -1
+    diagnosed(doctor.kl_negative, run.history, symptom, "another distribution", "PPOTrainer.generate")
+
+
+def test_a_forward_pass_with_dropout_gives_a_first_ratio_that_is_not_1():
+    lm = tiny.with_lora(tiny.llama(vocab_size=WORDS))
+    norm = lm.get_base_model().model.norm
+    norm.register_forward_hook(lambda module, args, out: torch.nn.functional.dropout(out, 0.01))  # in eval mode, too
+    history = run(lm=lm, steps=1)
+    off = history[0]["ppo/policy/first_ratio_error"]
+    symptom = f"the first ratio of a step is off 1 by {off:.3f}, before any update"
+    diagnosed(doctor.first_ratio, history, symptom, "dropout", "the same forward pass", alone=False)
+    assert len(examine(history)) == 2 and "dropout" in examine(history)[0].cause  # policy and reference differ as well
+
+
+# ---------------------------------------------------------------- too far, too fast
+
+
+def test_without_a_penalty_kl_grows_past_10_nats():
+    settings = dict(init_kl_coef=0.0, missing_eos_penalty=1.0, value_learning_rate=3e-2)
+    history = run(lm=tiny.llama(vocab_size=WORDS), steps=20, **settings)
+    kl = mean(row["objective/kl"] for row in history[-5:])
+    symptom = f"KL is {kl:.1f} nats a response, above 10"
+    diagnosed(doctor.kl_high, history, symptom, "the penalty is too cheap", "a larger init_kl_coef")
+
+
+def test_many_large_updates_on_one_batch_drive_the_mean_ratio_out_of_bounds():
+    history = run(lm=tiny.llama(), learning_rate=1e-2, ppo_epochs=16, steps=1)
+    ratio = history[0]["ppo/policy/ratio_mean"]
+    assert ratio > 2
+    symptom = f"the mean ratio reached {ratio:.2f}, outside 0.1 to 2"
+    diagnosed(doctor.ratio_extreme, history, symptom, "steps too large", "fewer ppo_epochs", alone=False)
+    assert all("large" in finding.cause for finding in examine(history))
+
+
+def test_one_huge_update_moves_the_policy_far():
+    history = run(learning_rate=1.0, ppo_epochs=2, steps=1)
+    kl = history[0]["ppo/policy/policykl"]
+    symptom = f"one step moved the policy by {kl:.2f} nats a token, above 0.1"
+    diagnosed(doctor.policy_moves_far, history, symptom, "too large updates", "early_stopping=True")
+
+
+def test_several_epochs_at_a_high_rate_clip_many_tokens():
+    history = run(learning_rate=1e-2, ppo_epochs=4, steps=3)
+    frac = mean(row["ppo/policy/clipfrac"] for row in history)
+    symptom = f"{frac:.0%} of the tokens are clipped, above 30 %"
+    diagnosed(doctor.clipped_often, history, symptom, "too large updates", "a smaller learning_rate")
+
+
+def test_a_score_beyond_all_bounds_leaves_updates_out():
+    run = trainer(batch_size=4, mini_batch_size=2)
+    _, queries = run.encode(PROMPTS[:4])
+    for scores in ([0.5, 1.0, 0.0, 1e30], [1e30, 1.0, 0.0, -0.5]):  # 1e30 is finite, its square is not
+        run.step(queries, run.generate(queries), scores)
+    symptom = "updates left out: 2, for a loss, gradient or ratio beyond all bounds"
+    diagnosed(doctor.skipped, run.history, symptom, "a score or a learning rate that is far too large", "score_clip")
+
+
+def test_a_step_whose_numbers_overflow_is_reported_and_hides_nothing():
+    run = trainer(batch_size=4, mini_batch_size=4)
+    for step in range(20):
+        run.train(PROMPTS, lambda prompts, responses: [3e38 if step == 19 else 0.5, 1.0, 0.0, -1.0], steps=1)
+    assert run.history[-1]["ppo/returns/var"] == float("inf")
+    symptoms = " ".join(finding.symptom for finding in examine(run.history))
+    assert "the value loss jumped to inf at step 20" in symptoms and "updates left out: 1, for" in symptoms
+
+
+def test_a_kl_that_does_not_obey_makes_the_coefficient_climb():
+    settings = dict(learning_rate=1e-2, init_kl_coef=0.01, adap_kl_ctrl=True, target=0.1, horizon=30.0)
+    history = run(steps=20, **settings)
+    first, last = history[0]["objective/kl_coef"], history[-1]["objective/kl_coef"]
+    assert first == 0.01 and last > 0.03
+    symptom = f"kl_coef climbed from {first:.3f} to {last:.3f}"
+    diagnosed(doctor.coefficient_climbs, history, symptom, "the controller runs after a KL", "a smaller learning_rate")
+
+
+# ---------------------------------------------------------------- scores and values
+
+
+def test_scores_on_a_scale_that_the_value_head_cannot_reach():
+    history = run(lambda prompts, responses: [x + 20 for x in even(prompts, responses)], steps=20)
+    (finding,) = examine(history)
+    explained = float(re.search(r"the value head explains (\S+) of .* over the last 10 of 20 steps", finding.symptom)[1])
+    assert explained < -100  # some 20 off, where returns have a deviation of 1
+    diagnosed(doctor.value_useless, history, finding.symptom, "the value head cannot follow", "standardised scores")
+
+
+def test_one_batch_of_scores_on_another_scale_makes_the_value_loss_jump():
+    run = trainer()
+    run.train(PROMPTS, even, steps=6)
+    run.train(PROMPTS, lambda prompts, responses: [100 * x for x in even(prompts, responses)], steps=1)
+    losses = [row["ppo/loss/value"] for row in run.history]
+    symptom = f"the value loss jumped to {losses[6]:.2f} at step 7; before, it was about {median(losses[1:6]):.3f}"
+    assert losses[6] > 1000
+    diagnosed(doctor.value_spike, run.history, symptom, "a score on another scale", "score_clip")
+
+
+def test_a_reward_that_says_the_same_of_everything_teaches_nothing():
+    history = run(lambda prompts, responses: [0.7] * 16)
+    symptom = "the scores of a batch differ by 0.0000: there is nothing to learn from"
+    diagnosed(doctor.scores_alike, history, symptom, "a saturated reward model", "look at the texts")
+
+
+# ---------------------------------------------------------------- what the responses become
+
+
+def test_a_reward_for_running_on_ends_the_endings():
+    history = run(lambda prompts, responses: [n - 7 for n in length(prompts, responses)], steps=20, learning_rate=1e-2)
+    start, now = (mean(row["tokens/responses_eos_frac"] for row in rows) for rows in (history[:5], history[-5:]))
+    symptom = f"the share of responses that end by themselves fell from {start:.0%} to {now:.0%}"
+    diagnosed(doctor.never_ends, history, symptom, "EOS is masked, or never paid for", "missing_eos_penalty")
+
+
+def test_a_score_of_the_wrong_sign_makes_responses_short():
+    history = run(lambda prompts, responses: [-n for n in length(prompts, responses)], steps=12, learning_rate=2e-2)
+    start, now = (mean(row["tokens/responses_len_mean"] for row in rows) for rows in (history[:5], history[-5:]))
+    symptom = f"responses shrank from {start:.0f} to {now:.0f} tokens"
+    diagnosed(doctor.gets_short, history, symptom, "costs more than the score brings", "check the sign of the score")
+
+
+def test_a_reward_for_one_word_leaves_one_text_and_no_entropy():
+    history = run(count("t6"), lm=tiny.llama(vocab_size=WORDS), steps=15, learning_rate=2e-2, init_kl_coef=0.0)
+    assert history[-1]["ppo/mean_scores"] > history[0]["ppo/mean_scores"] + 5
+    start, now = (mean(row["ppo/policy/entropy"] for row in rows) for rows in (history[:5], history[-5:]))
+    symptom = f"entropy fell from {start:.2f} to {now:.2f} nats a token"
+    diagnosed(doctor.entropy_gone, history, symptom, "reward hacking", "a larger init_kl_coef", alone=False)
+    assert "KL is" in examine(history)[0].symptom  # eight times the same word is far from the reference
+
+
+def test_every_rule_is_provoked_here():
+    provoked = re.findall(r"diagnosed\(doctor\.(\w+),", Path(__file__).read_text(encoding="utf-8"))
+    assert sorted(provoked) == sorted(rule.__name__ for rule, _, _ in doctor.RULES)
