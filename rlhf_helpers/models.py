@@ -83,6 +83,10 @@ def load_causal_lm(model, quantize=True):
         attn_implementation="eager" if device.type == "cpu" else "sdpa",  # measured: eager trains faster on two cores
     )
     keep_gradients(lm)
+    if device.type == "cpu" and quantize:  # else one embedding would keep the whole bf16 file mapped into memory
+        for parameter in lm.parameters():
+            if not isinstance(parameter, bnb.nn.Params4bit):
+                parameter.data = parameter.data.clone()
     return lm.requires_grad_(False).eval()
 
 

@@ -42,13 +42,14 @@ def response_mask(lengths, width):
     return torch.arange(width, device=lengths.device) < lengths[:, None]
 
 
-def logprobs_from_logits(logits, ids, mask, temperature=1.0):
+def logprobs_from_logits(logits, ids, mask, temperature=1.0, chunk=128):
     """log pi(token | what came before) in nats, (B, T), 0 outside the mask; pi is softmax(logits / temperature).
 
-    `logits` (B, T, V) are those that predict `ids` (B, T). The softmax is taken in fp32 and on real tokens only, so a pad
-    costs nothing and cannot send a NaN into the gradient."""
+    `logits` (B, T, V) are those that predict `ids` (B, T). The softmax is taken in fp32, `chunk` tokens at a time, and on real
+    tokens only, so a pad costs nothing and cannot send a NaN into the gradient."""
     out = torch.zeros(ids.shape, dtype=torch.float32, device=logits.device)
-    out[mask] = -F.cross_entropy(logits[mask].float() / temperature, ids[mask], reduction="none")
+    rows = zip(logits[mask].split(chunk), ids[mask].split(chunk))
+    out[mask] = -torch.cat([F.cross_entropy(row.float() / temperature, token, reduction="none") for row, token in rows])
     return out
 
 

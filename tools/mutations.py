@@ -1,0 +1,137 @@
+"""Would the tests notice? `python tools/mutations.py` puts one fault at a time into a copy of the package, runs the fast unit
+tests there, and prints which one failed first. A fault that none of them notices is named, and the exit status is 1.
+
+The table of faults is worth reading by itself: none of them raises an error, and most of them still train something.
+`--list` prints it, `--only NAME` tries one fault. The working tree is never touched. About four minutes on one thread."""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import namedtuple
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+COPIED = ("rlhf_helpers", "tests", "pyproject.toml", "conftest.py")
+TESTS = ("ppo", "rollout", "sampling", "models", "faults", "oracle", "trainer", "checkpoint", "evaluation")
+
+# A file of rlhf_helpers; what stands there, exactly once; what is put in its place; the tests/test_*.py to try first.
+Fault = namedtuple("Fault", "name file old new tests")
+FAULTS = [
+    # masks: which tokens count
+    Fault("mask off by one", "ppo.py", "< lengths[:, None]", "<= lengths[:, None]", "ppo"),
+    Fault("mean over pads", "ppo.py", "/ total(mask.sum()).clamp(min=1)", "/ mask.numel()", "ppo"),
+    Fault("whitening without mask", "rollout.py", "ppo.whiten(raw, mask,", "ppo.whiten(raw, torch.ones_like(mask),", "rollout"),
+    Fault("EOS masked out", "rollout.py",
+          "mask = ppo.response_mask(torch.tensor([len(r) for r in responses]), response_ids.shape[1])",
+          "mask = response_ids != pad_id", "rollout"),
+    # sampling and the forward pass: what is sampled is what is scored
+    Fault("EOS of the prompt ends the response", "sampling.py",
+          "ended = torch.zeros(len(queries), 1, dtype=torch.bool, device=device)",
+          "ended = (tokens == eos_id).any(1, keepdim=True)", "sampling"),
+    Fault("positions count left padding", "models.py", "positions = (attention_mask.cumsum(1) - 1).clamp(min=0)",
+          "positions = torch.arange(width, device=input_ids.device).expand_as(attention_mask)", "models"),
+    Fault("values read one position late", "models.py", "self.v_head(hidden)", "self.v_head(hidden.roll(-1, 1))", "models"),
+    Fault("dropout left on", "models.py", "self.eval()", "pass", "models"),
+    Fault("4-bit layers unprotected", "models.py", "keep_gradients(causal_lm)", "pass", "faults"),
+    Fault("reference with adapters on", "trainer.py", "with self.model.adapters_off():",
+          "with contextlib.nullcontext():", "oracle"),
+    Fault("log-probs at another temperature", "trainer.py", "rollout.response_ids[rows], mask, config.temperature)",
+          "rollout.response_ids[rows], mask)", "trainer"),
+    Fault("reference at another temperature", "trainer.py", "logprobs_from_logits(ref_logits, ids, mask, temperature)",
+          "logprobs_from_logits(ref_logits, ids, mask)", "faults"),
+    # rewards and advantages
+    Fault("score on the pad", "ppo.py", "last = mask.sum(1) - 1", "last = torch.full((len(mask),), mask.shape[1] - 1)", "ppo"),
+    Fault("k3 in the reward", "ppo.py", 'if kind == "kl":\n        return difference',
+          'if kind == "kl":\n        return torch.exp(-difference) - 1 + difference', "ppo"),
+    Fault("lam and gamma swapped", "trainer.py", "config.gamma, config.lam", "config.lam, config.gamma", "oracle"),
+    Fault("a value after the last token", "ppo.py", "next_value = next_advantage = torch.zeros_like(rewards[:, 0])",
+          "next_value, next_advantage = values[:, -1], torch.zeros_like(rewards[:, 0])", "ppo"),
+    # losses and the optimizer step
+    Fault("ratio upside down", "ppo.py", "(logprobs - old_logprobs).clamp(", "(old_logprobs - logprobs).clamp(", "ppo"),
+    Fault("min for max in the policy loss", "ppo.py", "return torch.max(unclipped, clipped)",
+          "return torch.min(unclipped, clipped)", "ppo"),
+    Fault("old log-probs taken anew", "trainer.py", "ppo.policy_losses(logprobs, old_logprobs,",
+          "ppo.policy_losses(logprobs, logprobs.detach(),", "oracle"),
+    Fault("value clip dropped", "ppo.py",
+          "near = torch.clamp(values, old_values - cliprange_value, old_values + cliprange_value)", "near = values", "ppo"),
+    Fault("accumulation unweighted", "trainer.py", "loss * rollout.mask[rows].sum() / tokens_per_process",
+          "loss / self.config.gradient_accumulation_steps", "oracle"),
+    Fault("gradient clip skipped", "trainer.py", "self.config.max_grad_norm or math.inf", "math.inf", "oracle"),
+]  # fmt: skip
+
+# pytest, once it is sure which package it tests: an editable install points to the working tree.
+PYTEST = """import sys, pytest, rlhf_helpers
+assert rlhf_helpers.__file__.startswith(sys.argv[1]), rlhf_helpers.__file__
+sys.exit(pytest.main(sys.argv[2:]))"""
+
+
+def broken(text, fault):
+    """The text of the fault's file with the fault in it."""
+    if text.count(fault.old) != 1:
+        raise ValueError(f"{fault.name}: {fault.file} has {text.count(fault.old)} times, expected once: {fault.old!r}")
+    return text.replace(fault.old, fault.new)
+
+
+def first_failure(source, fault=None):
+    """The first test that fails in a copy of `source` with the fault in it, or None if all pass. Returns (test, seconds)."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder).resolve() / "copy"
+        shutil.copytree(source, copy)
+        if fault:
+            path = copy / "rlhf_helpers" / fault.file
+            path.write_text(broken(path.read_text(encoding="utf-8"), fault), encoding="utf-8")
+        order = dict.fromkeys([*(fault.tests.split() if fault else ()), *TESTS])
+        options = ["-o", "addopts=", "-p", "no:nbval", "-p", "no:cacheprovider", "-m", "not slow", "-x", "-q"]
+        command = [sys.executable, "-c", PYTEST, str(copy), *options, *(f"tests/test_{name}.py" for name in order)]
+        environment = os.environ | {"PYTHONPATH": str(copy), "PYTEST_ADDOPTS": "", "OMP_NUM_THREADS": "1"}
+        started = time.perf_counter()
+        run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=600)
+        seconds = time.perf_counter() - started
+    failed = re.search(r"^FAILED tests/(.+?)(?: - .*)?$", run.stdout, re.MULTILINE)
+    if run.returncode == 0 or (run.returncode == 1 and failed):
+        return failed and failed[1], seconds
+    what = fault.name if fault else "without a fault"  # an import error or a broken fixture proves nothing about the tests
+    raise RuntimeError(f"{what}: no test failed, but pytest ended with {run.returncode}:\n{(run.stdout + run.stderr)[-3000:]}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="print the faults and try none")
+    parser.add_argument("--only", metavar="NAME", choices=[fault.name for fault in FAULTS], help="try this fault alone")
+    options = parser.parse_args()
+    faults = [fault for fault in FAULTS if options.only in (None, fault.name)]
+    if options.list:
+        for fault in faults:
+            print(f"{fault.name} ({fault.file})\n  - {fault.old}\n  + {fault.new}".replace("\n   ", "\n     "))
+        return 0
+    survivors, started = [], time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "source"  # of one moment: the working tree may go on changing
+        for name in COPIED:
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(ROOT / name, source / name)
+        test, seconds = first_failure(source)
+        if test:
+            sys.exit(f"without a fault, {test} fails")
+        print(f"without a fault, all tests pass ({seconds:.0f} s)\n")
+        print("| fault | file | caught by | seconds |\n|---|---|---|---|", flush=True)
+        for fault in faults:
+            test, seconds = first_failure(source, fault)
+            survivors += [] if test else [fault.name]
+            print(f"| {fault.name} | {fault.file} | {test or 'NO TEST'} | {seconds:.0f} |", flush=True)
+    caught = len(faults) - len(survivors)
+    print(f"\n{caught} of {len(faults)} faults caught in {(time.perf_counter() - started) / 60:.1f} minutes")
+    if survivors:
+        print(f"no test catches: {', '.join(survivors)}")
+    return int(bool(survivors))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
