@@ -107,7 +107,7 @@ class Profile:
     reward_model: str = "output/reward_model_pairwise"
     prompts: str = DATA_FILE
     heldout_prompts: str = HELDOUT_FILE
-    steps: int = 44  # PPO steps of the main job, at most: the KL budget may end it earlier
+    steps: int = 60  # PPO steps of the main job, at most: the KL budget may end it earlier
     lora_r: int = 8
     lora_alpha: int = 16
     lora_targets: tuple = ("q_proj", "v_proj")
@@ -132,8 +132,8 @@ CPU = Profile(
         value_learning_rate=1e-3,
         lam=1.0,  # the score comes last: with 0.95 it hardly reaches the first of 50 tokens until the value head is good
         init_kl_coef=0.05,
-        adap_kl_ctrl=False,  # at TRL's horizon of 10,000 responses a run of 704 would hardly move it
-        kl_budget=6.0,  # reached after 30 to 40 steps; past 10 nats the texts go astray before the score tells
+        adap_kl_ctrl=False,  # at TRL's horizon of 10,000 responses a run of 960 would hardly move it
+        kl_budget=6.0,  # the run ends there, after 30 to 60 steps; past 10 nats the texts go astray before the score tells
         max_grad_norm=1.0,
         temperature=0.7,  # at 1.0 a model this small rambles
     ),
