@@ -116,6 +116,8 @@ def run(options):
         RewardModel.load(reward_folder)  # a wrong folder is reported before the models are fetched
     processes = PartialState(cpu=device_and_dtype()[0].type == "cpu")  # one, unless `accelerate launch` started more: then the main one prepares, writes and reports
     say = processes.print
+    if processes.num_processes > 1 and not Path(reward_folder).exists():  # transformers' Trainer would join these processes
+        raise ValueError(f"{reward_folder}: no reward model yet; expected one: run `python -m rlhf_helpers --prepare` first")
     with processes.main_process_first():
         resolve(profile.model)
         reward = ensure_reward_model(reward_folder)

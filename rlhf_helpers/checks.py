@@ -2,61 +2,8 @@
 
 import math
 
-
-def say(ok, words):
-    """One line on the page: a tick or a cross, and what it means."""
-    print(f"{'✓' if ok else '✗'} {words}")
-
-
-def number(answer, right, hints=(), within=0.005, praise="right"):
-    """Check a number. `hints` are pairs (wrong answer, likely mistake); `within` is the relative tolerance."""
-    if answer is ...:
-        return say(False, "no answer yet: put your number where the three dots are")
-    try:
-        answer = float(answer)
-    except (TypeError, ValueError):
-        return say(False, f"{answer!r} is not a number")
-    if math.isclose(answer, right, rel_tol=within):
-        return say(True, praise)
-    for wrong, hint in hints:
-        if math.isclose(answer, wrong, rel_tol=within):
-            return say(False, hint)
-    say(False, f"{answer:g} is too {'small' if answer < right else 'large'}")
-
-
-def function(answer, cases, hints=(), agree=None, praise="right"):
-    """Check a function on `cases`, a list of (arguments, expected). `hints` are pairs (a wrong function, likely mistake): the
-    hint is given where the answer does what the wrong function does. `agree(a, b)` compares two results."""
-    agree = agree or same
-    if answer is ...:
-        return say(False, "no answer yet")
-    try:
-        given = [answer(*arguments) for arguments, _ in cases]
-    except Exception as error:
-        return say(False, f"your function stopped with {type(error).__name__}: {error}")
-    if any(result is ... or result is None for result in given):
-        return say(False, "no answer yet: the function returns nothing")
-    if all(agree(result, expected) for result, (_, expected) in zip(given, cases)):
-        return say(True, praise)
-    for wrong, hint in hints:
-        if all(agree(result, wrong(*arguments)) for result, (arguments, _) in zip(given, cases)):
-            return say(False, hint)
-    for result, (arguments, expected) in zip(given, cases):
-        if not agree(result, expected):
-            return say(False, f"for {', '.join(map(repr, arguments))}\n  expected {expected!r}\n  got      {result!r}")
-
-
-def same(a, b):
-    """Whether two results agree: numbers, lists of numbers or tensors alike, up to rounding."""
-    plain = lambda x: x.tolist() if hasattr(x, "tolist") else x
-    a, b = plain(a), plain(b)
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    try:
-        return math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-5) or (a != a and b != b)
-    except TypeError:
-        return a == b
-
+from rlhf_helpers.config import CPU, PPOConfig
+from rlhf_helpers.grading import function, not_a_config, number, same, say
 
 # ---------------------------------------------------------------- 01 quantized model loading
 
@@ -87,6 +34,8 @@ def check_quantize(answer):
     hints = [
         (lambda block, _: (nearest(block), block.abs().max()), "did you divide the block by its scale first?"),
         (lambda block, _: (nearest(block / block.max()), block.max()), "the scale is the largest size, |w|: the largest weight may be a negative one"),
+        (lambda block, _: right(block, _)[::-1], "the other way round: the codes first, then the scale"),
+        (lambda block, _: right(block, _)[0], "those are the codes; return the scale, too"),
         (lambda block, _: (levels[nearest(block / block.abs().max())], block.abs().max()), "that is the level itself; the code is its number, 0 to 15 (argmin, not min)"),
     ]  # fmt: skip
     cases = [((block, levels), right(block, levels)) for block in blocks]
@@ -160,7 +109,8 @@ def check_full_stop_reward(answer):
         (lambda p, r: [float("." in t) for t in r], "a full stop anywhere is not enough: it must be the last character"),
         (lambda p, r: sum(float(t.strip().endswith(".")) for t in r), "one number for the whole batch; return one for each response"),
     ]  # fmt: skip
-    function(answer, [((prompts, responses), [1.0, 0.0, 1.0]), ((["a"], ["b.c"]), [0.0])], hints, praise="PPOTrainer would take it as it is")
+    cases = [((prompts, responses), [1.0, 0.0, 1.0]), ((["a", "b"], ["b.c", ""]), [0.0, 0.0])]
+    function(answer, cases, hints, praise="PPOTrainer would take it as it is")
 
 
 # ---------------------------------------------------------------- 03 prompt loading
@@ -195,15 +145,20 @@ def check_pad_share(answer):
 
 def check_leaked(answer):
     """A function (train records, held-out records) -> share of the held-out records whose prompt is trained on."""
-    record = lambda prompt: {"prompt": prompt}
-    train, heldout = [record("a"), record("a"), record("b")], [record("a"), record("c"), record("c"), record("b")]
-    share = lambda some, of: sum(r["prompt"] in {x["prompt"] for x in of} for r in some) / len(some)
+    records = lambda prompts, by: [{"prompt": prompt, "chosen": f"{by} {i}"} for i, prompt in enumerate(prompts)]
+    train, heldout = records("aab", "kept"), records("aacb", "apart")
+    prompts = lambda some: [r["prompt"] for r in some]
+    leaks = lambda t, h: sum(prompt in prompts(t) for prompt in prompts(h))
+    both = lambda t, h: len(set(prompts(t)) & set(prompts(h)))
     hints = [
-        (lambda t, h: share(t, h), "the other way round: how many of the *held-out* records"),
-        (lambda t, h: sum(r in t for r in h), "that is a number of records; divide by how many there are"),
-        (lambda t, h: 2 / 3, "you counted different prompts; count records"),
+        (lambda t, h: leaks(h, t) / len(t), "the other way round: how many of the *held-out* records"),
+        (leaks, "that is a number of records; divide by how many there are"),
+        (lambda t, h: both(t, h) / len(set(prompts(h))), "you counted different prompts; count records"),
+        (lambda t, h: both(t, h) / len(h), "you counted different prompts; a prompt may have several held-out records"),
+        (lambda t, h: sum(r in t for r in h) / len(h), "whole records are hardly ever equal: compare their prompts"),
     ]
-    function(answer, [((train, heldout), 0.5), ((train, [record("d")]), 0.0)], hints, praise="a leak is counted by prompt")
+    cases = [((train, heldout), 0.75), ((train, records("bdd", "other")), 1 / 3)]
+    function(answer, cases, hints, praise="a leak is counted by prompt")
 
 
 # ---------------------------------------------------------------- 04 one PPO step, opened
@@ -227,7 +182,8 @@ def check_kl_per_response(answer):
         (lambda a, b, m: kept(a, b, m), "that is per token; sum over the tokens, dimension 1"),
         (lambda a, b, m: kept(a, b, m).sum(), "one number for the whole batch; sum over the tokens, dimension 1"),
     ]
-    cases = [((logprobs, ref_logprobs, mask), torch.tensor([2.0, 0.5]))]
+    finite = (logprobs.nan_to_num(-9.0), ref_logprobs.nan_to_num(-7.0), mask)  # tells a forgotten mask from a multiplied one
+    cases = [((logprobs, ref_logprobs, mask), torch.tensor([2.0, 0.5])), (finite, torch.tensor([2.0, 0.5]))]
     function(answer, cases, hints, praise="summed over real tokens, and no NaN from a pad")
 
 
@@ -278,13 +234,10 @@ def check_gets_gradient(answer):
 
 def check_four_updates(answer):
     """A PPOConfig with 16 responses a step and four optimizer steps a PPO step."""
-    if answer is ...:
-        return say(False, "no answer yet: put a PPOConfig where the three dots are")
-    try:
-        group = answer.mini_batch_size * answer.gradient_accumulation_steps
-        updates = answer.ppo_epochs * answer.batch_size // group
-    except AttributeError:
-        return say(False, f"a {type(answer).__name__} is no PPOConfig; start from CPU.ppo_config(...)")
+    if wrong := not_a_config(answer):
+        return say(False, wrong)
+    group = answer.mini_batch_size * answer.gradient_accumulation_steps
+    updates = answer.ppo_epochs * answer.batch_size // group
     if answer.batch_size != 16:
         return say(False, f"batch_size is {answer.batch_size}; it must stay 16")
     if updates == 4:
@@ -327,3 +280,53 @@ def check_word_reward(answer):
         (lambda p, texts: [-1.0 * max(0, len(t.split()) - 20) for t in texts], "a tenth of a point for each word, not a whole one"),
     ]
     function(answer, [((prompts, texts), right(prompts, texts))], hints, praise="one number for each response, and only length counts")
+
+
+# ---------------------------------------------------------------- 06 TRL, and beyond one machine
+
+
+def check_kept_scores(answer):
+    """Gigabytes of fp32 scores over 128,256 token ids, for 64 responses of 512 tokens."""
+    numbers = 64 * 512 * 128_256
+    hints = [
+        (numbers * 2 / 1e9, "that is bf16; fp32 has 4 bytes a number"),
+        (numbers / 1e9, "that is how many numbers, in billions; each has 4 bytes"),
+        (512 * 128_256 * 4 / 1e9, "that is one response, and there are 64"),
+        (64 * 128_256 * 4 / 1e9, "that is one token of each response, and TRL keeps all 512"),
+        (64 * 512 * 4 / 1e9, "that is one number a token; a score stands there for each id of the vocabulary"),
+        (numbers * 4 / 2**30, "that is in GiB, 2**30 bytes; take 10**9"),
+        (numbers * 4 * 8 / 1e9, "those are gigabits"),
+        (numbers * 4 / 1e6, "those are megabytes"),
+    ]
+    number(answer, numbers * 4 / 1e9, hints, within=0.01, praise="16.8 GB, four times as much as a 7B model in NF4")
+
+
+def check_share_of_four(answer):
+    """The PPOConfig of each of four processes that together make the update of the CPU profile, 16 responses."""
+    if wrong := not_a_config(answer):
+        return say(False, wrong)
+    if answer.batch_size != 4:
+        total = f"with four processes that makes {4 * answer.batch_size} responses"
+        return say(False, f"batch_size is {answer.batch_size}, and {total}: it is counted per process")
+    group = answer.mini_batch_size * answer.gradient_accumulation_steps
+    if group != 4:
+        return say(False, f"that makes {4 // group} optimizer steps from one batch; the profile makes one from all 16 responses")
+    for name, value in vars(CPU.ppo_config()).items():
+        if name not in ("batch_size", "mini_batch_size", "gradient_accumulation_steps") and getattr(answer, name) != value:
+            hint = "gradients are averaged, not added: the update is the same, and so is its rate" if "learning_rate" in name else "leave it"
+            return say(False, f"{name} is {getattr(answer, name)!r}, in the profile {value!r}: {hint}")
+    say(True, "4 responses on each of 4 processes, one optimizer step, all else as it was")
+
+
+def check_mean_of_all(answer):
+    """A function (sums, counts), a number of each for every process -> the mean over all tokens of all processes."""
+    cases = [(([6.0, 2.0], [2, 8]), 0.8), (([1.0, 2.0, 9.0], [1, 1, 4]), 2.0)]
+    means = lambda sums, counts: [s / n for s, n in zip(sums, counts)]
+    hints = [
+        (lambda s, n: sum(means(s, n)) / len(s), "a mean of means counts a token more where there are few; add up sums and counts first"),
+        (lambda s, n: sum(s) / len(s), "that is a sum per process; divide by the number of tokens"),
+        (lambda s, n: sum(means(s, n)), "those are means added up; divide the whole sum by the whole count"),
+        (lambda s, n: sum(s), "that is the sum over all tokens; divide by their number"),
+        (means, "that is a mean for each process; one number is wanted for all"),
+    ]
+    function(answer, cases, hints, praise="one sum over one count, whoever holds the tokens")

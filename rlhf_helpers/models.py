@@ -8,12 +8,14 @@ from pathlib import Path
 import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpack_for_cpu
+from jinja2 import TemplateError
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 from rlhf_helpers.assets import ASSETS, ensure_model
+from rlhf_helpers.data import turns
 
 transformers_logging.disable_progress_bar()  # "Loading weights: 100%" on stderr, once per load
 
@@ -27,7 +29,7 @@ def device_and_dtype():
     if not torch.cuda.is_available():
         return torch.device("cpu"), torch.bfloat16
     native_bf16 = torch.cuda.get_device_capability()[0] >= 8
-    return torch.device("cuda"), torch.bfloat16 if native_bf16 else torch.float16
+    return torch.device("cuda", torch.cuda.current_device()), torch.bfloat16 if native_bf16 else torch.float16
 
 
 def resolve(model):
@@ -64,11 +66,17 @@ def load_tokenizer(model):
 
 def encode_prompt(tokenizer, prompt):
     """The query: token ids of the prompt as the model was trained to read it, in its chat template and ready for its answer
-    (or as plain text, where the tokenizer has no template). A 1-D LongTensor."""
+    (or as plain text, where the tokenizer has no template). A transcript's turns become the template's. A 1-D LongTensor."""
     if tokenizer.chat_template is None:
         return tokenizer(prompt, return_tensors="pt")["input_ids"][0]
-    chat = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    chat = turns(prompt)
+    try:
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    except TemplateError:  # of a template without a system's turn, as Mistral's first: it goes before the first question
+        if chat[0]["role"] != "system" or len(chat) < 2:
+            raise
+        chat = [{"role": "user", "content": f"{chat[0]['content']}\n\n{chat[1]['content']}"}, *chat[2:]]
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
 
 
@@ -113,10 +121,11 @@ def load_policy(profile, seed=0, quantize=True):
     tokenizer = load_tokenizer(profile.model)
     lm = load_causal_lm(profile.model, quantize)
     torch.manual_seed(seed)  # LoRA's A matrices are random
+    layers = {name.rpartition(".")[2] for name, _ in lm.named_modules()}
     lora = LoraConfig(
         r=profile.lora_r,
         lora_alpha=profile.lora_alpha,
-        target_modules=list(profile.lora_targets),
+        target_modules=[name for name in profile.lora_targets if name in layers] or None,  # None: PEFT's choice for this family
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
     )

@@ -1,5 +1,6 @@
 """The reward model: an encoder with a score, trained on preference pairs. It reads text, never the policy's token ids."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -36,7 +37,9 @@ class RewardModel:
     (B,) float tensor.
 
     One label: the score is its logit. Two: the softmax probability of label 1. It is then standardised: (raw - mean) / std,
-    with mean and std measured on samples of the base policy, so that one unit is a deviation of the untrained model."""
+    with mean and std measured on samples of the base policy, so that one unit is a deviation of the untrained model.
+
+    `max_length` is in tokens, and never more than the model has positions."""
 
     def __init__(self, model, tokenizer, join="pair", mean=0.0, std=1.0, max_length=256, batch_size=32):
         labels = model.config.num_labels
@@ -44,11 +47,19 @@ class RewardModel:
             raise ValueError(f"reward model with {labels} labels; expected 1 (the score) or 2 (label 1 is the good one)")
         if join not in JOINS:
             raise ValueError(f"{FORMAT_FILE}: join is {join!r}; expected one of {', '.join(JOINS)}")
-        self.model, self.tokenizer, self.join = model.float().eval().requires_grad_(False), tokenizer, join
-        self.mean, self.std, self.max_length, self.batch_size = mean, std, max_length, batch_size
-        tokenizer.padding_side = "right"  # on the left, pads would shift the text: an encoder counts its positions from there
-        if tokenizer.pad_token_id is not None:
-            self.model.config.pad_token_id = tokenizer.pad_token_id
+        if max_length < 8:
+            raise ValueError(f"{FORMAT_FILE}: max_length is {max_length}; expected at least 8 tokens")
+        self.model, self.join = model.float().eval().requires_grad_(False), join
+        self.mean, self.std, self.batch_size = mean, std, batch_size
+        limits = tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 0  # 0, -1: no limit
+        self.max_length = min([max_length, *(limit for limit in limits if limit > 0)])
+        self.tokenizer = copy.deepcopy(tokenizer)  # the settings below are ours alone: a policy may share the tokenizer
+        self.tokenizer.truncation_side = "left"  # a long conversation is judged by its end
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        if self.tokenizer.padding_side == "left" and not self._pads_are_harmless():
+            self.tokenizer.padding_side = "right"
 
     @classmethod
     def load(cls, folder):
@@ -84,12 +95,29 @@ class RewardModel:
         beside.rename(folder)
 
     def encode(self, prompts, responses):
-        """The encoder's inputs, padded: a dict of (B, L) tensors."""
+        """The encoder's inputs, padded: a dict of (B, L) tensors. What is too long loses the beginning of its prompt; a response
+        stays whole, unless it is too long by itself: then it loses its end."""
+        responses = [self._fitting(response) for response in responses]
         first, second = zip(*(JOINS[self.join](p, r) for p, r in zip(prompts, responses, strict=True)))
         second = None if second[0] is None else list(second)
         return self.tokenizer(
-            list(first), second, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+            list(first), second, padding=True, truncation="only_first", max_length=self.max_length, return_tensors="pt"
         ).to(self.model.device)
+
+    def _fitting(self, response):
+        """The response, or as many of its first words as leave room for one token of the prompt."""
+        room = self.max_length - self.tokenizer.num_special_tokens_to_add(pair=self.join == "pair") - 1
+        while (length := len(self.tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"])) > room:
+            words = response[: min(len(response) - 1, len(response) * room // length)].rsplit(maxsplit=1)
+            response = words[0] if words else ""
+        return response
+
+    @torch.inference_mode()
+    def _pads_are_harmless(self):
+        """Whether a score is the same beside a longer text. Pads on the left shift what counts its positions from there (BERT,
+        GPT-2) and hide the first token from what reads its score there; XLNet, which reads it at the end, needs them there."""
+        logits = lambda prompts: self.model(**self.encode(prompts, ["b"] * len(prompts))).logits[0]
+        return torch.allclose(logits(["a"]), logits(["a", "a a a a a a"]), rtol=1e-3, atol=1e-4)
 
     @torch.inference_mode()
     def logits(self, prompts, responses):
@@ -142,14 +170,14 @@ class PairwiseTrainer(Trainer):
 
 
 def train_reward_model(pairs, folder, encoder="minilm-l6-v2", num_labels=1, epochs=2, batch_size=16, learning_rate=2e-4, seed=0,
-                       join="pair"):  # fmt: skip
+                       join="pair", max_length=256):  # fmt: skip
     """Train a reward model on preference pairs and save it in `folder`. Returns (RewardModel, log), log being a list of dicts
     with step and loss. Mean and deviation are taken over all responses in the pairs, samples of the base policy."""
     torch.manual_seed(seed)  # the new score layer is random
     source = resolve(encoder)
     model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(source, num_labels=num_labels))
     model.base_model.load_state_dict(AutoModel.from_pretrained(source, dtype=torch.float32).state_dict())
-    rm = RewardModel(model, AutoTokenizer.from_pretrained(source), join)
+    rm = RewardModel(model, AutoTokenizer.from_pretrained(source), join, max_length=max_length)
     model.requires_grad_(True)
 
     def collate(batch):
@@ -173,7 +201,7 @@ def train_reward_model(pairs, folder, encoder="minilm-l6-v2", num_labels=1, epoc
         disable_tqdm=True,
         seed=seed,
         dataloader_drop_last=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_pin_memory=False,  # the batch is on the device already
     )
     trainer = PairwiseTrainer(model, arguments, train_dataset=pairs, data_collator=collate)
     trainer.remove_callback(PrinterCallback)

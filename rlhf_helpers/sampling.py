@@ -46,7 +46,7 @@ def sample(lm, queries, max_new_tokens, eos_id, pad_id, temperature=1.0, generat
             use_cache=True,
             logits_to_keep=torch.tensor([tokens.shape[1] - 1], device=device),  # the number 1 would copy the head B times
         )
-        cache, logits = out.past_key_values, out.logits[:, -1] / temperature
+        cache, logits = out.past_key_values, out.logits[:, -1].float() / temperature  # fp32, as log-probs are taken
         tokens = logits.argmax(-1, keepdim=True) if greedy else draw(logits, generator)
         tokens = torch.where(ended, pad_id, tokens)
         written.append(torch.where(ended, -1, tokens))  # -1: after the end
@@ -87,7 +87,8 @@ class MergedCopy:
         for name, module in base.named_modules():
             adapted = name.endswith(".base_layer")
             if adapted or isinstance(module, bnb.nn.Linear4bit):
-                copy = modules[name.removesuffix(".base_layer")]
+                copy = nn.Linear(module.in_features, module.out_features, bias=False, device="meta").eval()  # of Conv1D, too
+                self.lm.set_submodule(name.removesuffix(".base_layer"), copy)
                 copy.weight = nn.Parameter(self.unpacked(module), requires_grad=False)
                 copy.bias = module.bias
                 if adapted:

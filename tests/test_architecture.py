@@ -10,9 +10,9 @@ import rlhf_helpers
 FLOORS = {
     0: ("config", "data", "gold", "ppo", "assets"),
     1: ("models", "sampling"),
-    2: ("reward", "rollout", "stats", "checkpoint"),
+    2: ("reward", "rollout", "stats", "checkpoint", "memory", "grading"),
     3: ("trainer", "evaluation", "plots", "check", "checks", "doctor"),
-    4: ("__main__",),
+    4: ("__main__", "trl_bridge"),
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
 SAME_FLOOR = {("assets", "config"), ("models", "sampling"), ("sampling", "models")}  # what may be imported on one's own floor

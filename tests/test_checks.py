@@ -1,0 +1,231 @@
+"""The exercises: the unsolved cell of the page gets a cross, so do the common wrong answers, each with its own words, and the
+folded solution gets the tick. Cells and solutions are taken from the notebooks themselves."""
+
+import inspect
+import math
+import re
+from collections import namedtuple
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from rlhf_helpers import checks, ppo
+from rlhf_helpers.config import CPU, PPOConfig
+from tests import test_notebooks as pages
+
+Exercise = namedtuple("Exercise", "check variable unsolved solutions")
+
+# The two most common wrong answers of each exercise (an expression), and words that the cross must then say.
+WRONG = {
+    "check_quantize": [
+        ("lambda block, levels: ((block[:, None] - levels).abs().argmin(1), block.abs().max())", "divide the block by its scale"),
+        ("lambda block, levels: ((block[:, None] / block.max() - levels).abs().argmin(1), block.max())", "may be a negative one"),
+        ("lambda block, levels: (block[:, None] / block.abs().max() - levels).abs().argmin(1)", "return the scale, too"),
+    ],
+    "check_bits_per_weight": [("4 + 32 / 64", "without double quantization"), ("4 + 8 / 64", "scales of their own")],
+    "check_lora_parameters": [("30 * 8 * 4 * (576 + 576)", "k and v are smaller"), ("8 * 2 * (576 + 576 + 576 + 192)", "one layer")],
+    "check_mistral_gigabytes": [
+        ("(6.98e9 + 0.262e9) * 4.127 / 8 / 1e9", "embeddings and head are not quantized"),
+        ("6.98e9 * 4.127 / 8 / 1e9", "embeddings and head are missing"),
+        ("(6.98e9 + 0.262e9) * 4 / 8 / 1e9", "the scales are missing"),
+    ],
+    "check_difference_for_90_percent": [("0.9", "0.9 is the probability"), ("-math.log(0.9)", "that is the loss")],
+    "check_two_label_score": [
+        ("lambda logits: logits[:, 1] - logits[:, 0]", "the probability is its sigmoid"),
+        ("lambda logits: torch.sigmoid(logits[:, 1])", "label 0 matters too"),
+    ],
+    "check_full_stop_reward": [
+        ("lambda prompts, responses: [float(response.endswith('.')) for response in responses]", "strip it first"),
+        ("lambda prompts, responses: [float('.' in response) for response in responses]", "must be the last character"),
+    ],
+    "check_leaked": [
+        ("lambda t, h: sum(r['prompt'] in {x['prompt'] for x in h} for r in t) / len(t)", "the other way round"),
+        ("lambda t, h: len({r['prompt'] for r in t} & {r['prompt'] for r in h}) / len({r['prompt'] for r in h})", "count records"),
+        ("lambda t, h: len({r['prompt'] for r in t} & {r['prompt'] for r in h}) / len(h)", "several held-out records"),
+        ("lambda t, h: sum(r in t for r in h) / len(h)", "compare their prompts"),
+    ],
+    "check_pad_share": [
+        ("lambda lengths: sum(lengths) / (len(lengths) * max(lengths))", "share of real tokens"),
+        ("lambda lengths: sum(max(lengths) - n for n in lengths)", "divide by the size of the batch"),
+    ],
+    "check_positions": [
+        ("lambda mask: mask.cumsum(1)", "one too many"),
+        ("lambda mask: torch.arange(mask.shape[1]).expand_as(mask)", "pads are counted too"),
+    ],
+    "check_kl_per_response": [
+        ("lambda logprobs, ref, mask: (logprobs - ref).sum(1)", "use the mask"),
+        ("lambda logprobs, ref, mask: ((logprobs - ref) * mask).sum(1)", "NaN times 0 is NaN"),
+        ("lambda logprobs, ref, mask: torch.where(mask, logprobs - ref, 0.0).sum(1) / mask.sum(1)", "mean over tokens"),
+    ],
+    "check_gae": [
+        ("lambda r, v, gamma, lam: gae(r, v, gamma, lam)", "not by lam alone"),
+        ("lambda r, v, gamma, lam: gae(r, v, gamma, gamma)", "lam is missing"),
+        ("lambda r, v, gamma, lam: [a + b for a, b in zip(gae(r, v, gamma, gamma * lam), v)]", "those are the returns"),
+    ],
+    "check_gets_gradient": [
+        ("lambda A, ratio, eps: (ratio > 1 - eps) & (ratio < 1 + eps)", "works in one direction"),
+        ("lambda A, ratio, eps: torch.where(A > 0, ratio > 1 - eps, ratio < 1 + eps)", "sides are swapped"),
+    ],
+    "check_four_updates": [
+        ("CPU.ppo_config(mini_batch_size=4)", "gradient accumulation joins minibatches"),
+        ("CPU.ppo_config(ppo_epochs=4, mini_batch_size=4, gradient_accumulation_steps=1)", "epochs and minibatches multiply"),
+        ("CPU.ppo_config(batch_size=64, mini_batch_size=16, gradient_accumulation_steps=1)", "must stay 16"),
+    ],
+    "check_net_score": [
+        ("lambda history: [row['ppo/mean_scores'] - row['objective/kl'] for row in history]", "kl_coef turns it into"),
+        ("lambda rows: [row['ppo/mean_scores'] + row['objective/kl_coef'] * row['objective/kl'] for row in rows]", "not added"),
+    ],
+    "check_word_reward": [
+        ("lambda prompts, responses: [-0.1 * (len(text.split()) - 20) for text in responses]", "use max(0, ...)"),
+        ("lambda prompts, responses: [-0.1 * max(0, len(text) - 20) for text in responses]", "counts letters"),
+    ],
+    "check_kept_scores": [
+        ("64 * 512 * 128_256 * 2 / 1e9", "that is bf16"),
+        ("64 * 512 * 128_256 / 1e9", "each has 4 bytes"),
+        ("512 * 128_256 * 4 / 1e9", "that is one response"),
+    ],
+    "check_share_of_four": [
+        ("CPU.ppo_config()", "counted per process"),
+        ("CPU.ppo_config(batch_size=4, mini_batch_size=2, gradient_accumulation_steps=1)", "2 optimizer steps"),
+        ("CPU.ppo_config(batch_size=4, mini_batch_size=2, learning_rate=2e-3)", "averaged, not added"),
+    ],
+    "check_mean_of_all": [
+        ("lambda sums, counts: sum(s / n for s, n in zip(sums, counts)) / len(sums)", "a mean of means"),
+        ("lambda sums, counts: sum(sums) / len(sums)", "divide by the number of tokens"),
+    ],
+}  # fmt: skip
+
+CHECKS = {name: check for name, check in inspect.getmembers(checks, inspect.isfunction) if name.startswith("check_")}
+
+
+def found_exercises():
+    """{name of the check: Exercise} of all notebooks: what stands between the exercise's heading and its check, and the Python
+    in the folded solution below: its code blocks or, if it has none, its first formula in a line."""
+    found = {}
+    for notebook in pages.NOTEBOOKS:
+        cells = dict(pages.cells(notebook))
+        for i, cell in pages.exercises(notebook):
+            start = max(j for j in range(i) if "### Exercise" in cells[j]["source"])
+            unsolved = "\n".join(cells[j]["source"] for j in range(start, i + 1) if cells[j]["cell_type"] == "code")
+            check, variable = re.search(r"checks\.(check_\w+)\((\w+)\)", cell["source"]).groups()
+            folded = re.match(r"<details>(.*?)</details>", cells[i + 1]["source"], re.DOTALL)[1]
+            solutions = re.findall(r"```python\n(.*?)```", folded, re.DOTALL)
+            solutions = solutions or [f"{variable} = {re.search('`([^`]+)`', folded)[1]}"]
+            found[check] = Exercise(check, variable, unsolved, solutions)
+    return found
+
+
+EXERCISES = found_exercises()
+
+
+def gae(rewards, values, gamma, decay):
+    """The loop of exercise 2 in notebook 04, right for `decay` = gamma * lam."""
+    advantages, next_value, carried = [], 0.0, 0.0
+    for reward, value in zip(reversed(rewards), reversed(values)):
+        carried = reward + gamma * next_value - value + decay * carried
+        next_value = value
+        advantages.insert(0, carried)
+    return advantages
+
+
+def run(code):
+    """The names that a cell leaves behind."""
+    names = dict(torch=torch, math=math, checks=checks, CPU=CPU, PPOConfig=PPOConfig, gae=gae)
+    exec(code, names)
+    return names
+
+
+def verdict(capsys, check, answer):
+    """What a check prints about an answer: (tick or cross, words)."""
+    capsys.readouterr()
+    assert CHECKS[check](answer) is None
+    mark, words = capsys.readouterr().out.strip().split(" ", 1)
+    return mark, words
+
+
+def test_every_exercise_of_the_notebooks_has_wrong_answers_here_and_every_check_its_exercise():
+    assert EXERCISES.keys() == WRONG.keys() == CHECKS.keys()
+    assert all(len(answers) >= 2 for answers in WRONG.values())
+
+
+@pytest.mark.parametrize("check", EXERCISES)
+def test_the_unsolved_cell_gets_a_cross(check, capsys):
+    run(EXERCISES[check].unsolved)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("✗ no answer yet")
+
+
+@pytest.mark.parametrize("check", EXERCISES)
+def test_every_folded_solution_gets_the_tick(check, capsys):
+    exercise = EXERCISES[check]
+    for solution in exercise.solutions:
+        assert verdict(capsys, check, run(solution)[exercise.variable])[0] == "✓"
+
+
+@pytest.mark.parametrize("check, answer, words", [(c, *pair) for c, pairs in WRONG.items() for pair in pairs])
+def test_a_common_wrong_answer_gets_a_cross_and_the_words_that_help(check, answer, words, capsys):
+    mark, said = verdict(capsys, check, run(f"answer = {answer}")["answer"])
+    assert mark == "✗" and words in said
+
+
+class Hostile:
+    """An object with which nothing can be done."""
+
+    def refuse(self, *_):
+        raise RuntimeError("no")
+
+    __float__ = __eq__ = __repr__ = __bool__ = __len__ = __getitem__ = refuse
+    __hash__ = None
+
+
+THINGS = [
+    None, ..., True, math.nan, -math.inf, 10**400, 1j, "4.127", "", b"", [], {}, (1, 2), object(), int, Hostile(), Hostile,
+    torch.zeros(3), torch.zeros(2, 3), torch.tensor([]), np.zeros((2, 2)), pd.DataFrame({"a": [1, 2]}),
+    CPU, PPOConfig, CPU.ppo_config,
+]  # fmt: skip
+
+
+def returns(thing):
+    return lambda *arguments: thing
+
+
+def raises(*arguments):
+    raise LookupError("lost")
+
+
+def broken_config():
+    config = CPU.ppo_config()
+    config.mini_batch_size = 0
+    return config
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_no_answer_whatever_raises_or_gets_a_tick(check, capsys):
+    for thing in THINGS:
+        for answer in (thing, returns(thing), returns([thing, thing]), lambda only: thing):
+            assert verdict(capsys, check, answer)[0] == "✗"
+    for answer in (raises, returns(raises), broken_config(), lambda *arguments: arguments, lambda *arguments: arguments[0]):
+        assert verdict(capsys, check, answer)[0] == "✗"
+
+
+def test_an_answer_may_change_its_arguments(capsys):
+    def in_place(rewards, values, gamma, lam):
+        rewards.reverse(), values.reverse()
+        return gae(rewards[::-1], values[::-1], gamma, gamma * lam)
+
+    assert verdict(capsys, "check_gae", in_place)[0] == "✓"
+
+
+def test_of_two_hints_the_nearer_one_is_given(capsys):
+    checks.number(1.02, 2.0, hints=[(1.0, "far"), (1.021, "near")], within=0.05)
+    assert capsys.readouterr().out == "✗ near\n"
+
+
+def test_the_right_gae_of_the_check_is_the_one_that_the_trainer_uses(capsys):
+    def course(rewards, values, gamma, lam):
+        mask = torch.ones(1, len(rewards), dtype=torch.bool)
+        return ppo.gae(torch.tensor([rewards]), torch.tensor([values]), mask, gamma, lam)[0][0]
+
+    assert verdict(capsys, "check_gae", course)[0] == "✓"
