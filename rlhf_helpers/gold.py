@@ -61,7 +61,7 @@ def repeated_share(text):
 
 
 def gold_reward(prompt, response):
-    """What the annotator would give the response, a float; about -4 to 3.5."""
+    """What the annotator would give the response, a float; about -6 to 3.5."""
     warm = warm_words(response)
     warmth = min(warm, 3) - max(warm - 3, 0)
     return warmth + 0.5 * names_subject(prompt, response) - 4 * repeated_share(response)
