@@ -49,9 +49,9 @@ endif
 	$(PIP) -e .
 	touch $@
 
-$(VENV)/.lab $(VENV)/.test: $(VENV)/.%: $(VENV)/.core
+$(VENV)/.lab $(VENV)/.test: $(VENV)/.%: $(VENV)/.core Makefile
 	@echo "setting up: packages for $*"
-	$(PIP) -e ".[lab,test]"
+	$(PIP) -e ".[lab,test,trl]"
 	touch $@
 
 # ---- for authors

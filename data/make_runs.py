@@ -1,7 +1,7 @@
 """Make the logs of data/runs/ again: `python data/make_runs.py RUN --seed N` (5 to 8 minutes each on two CPU cores).
 
 Notebook 07 plots these runs: PPO with and without a price on KL, and three remedies against reward hacking. All of them
-take the CPU profile with three times its learning rate, so that what takes a day on a large model shows in minutes. Every step is one
+take the CPU profile with four times its learning rate, so that what takes a day on a large model shows in minutes. Every step is one
 line: the proxy (what the reward model gave), the gold (what the annotator's rule gives the same responses), KL, entropy."""
 
 import argparse
@@ -29,7 +29,7 @@ RUNS = {  # the price of KL, and which reward model is asked
     "ensemble": (0.0, "ensemble"),
     "retrained": (0.0, "retrained"),
 }
-STEPS, LEARNING_RATE = 64, 1.5e-3
+STEPS, LEARNING_RATE = 48, 2e-3
 
 
 def log_of(trainer, stats):

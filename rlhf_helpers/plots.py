@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
+BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#666666"
 CURVES = {
     "ppo/mean_scores": "score",
     "objective/kl": "KL (nats a response)",
@@ -248,6 +248,51 @@ def before_after(numbers):
         axis.set_xlabel("before", fontsize=8)
         axis.set_ylabel("after", fontsize=8)
         axis.legend(fontsize=7, frameon=False)
+    return figure
+
+
+def running_mean(numbers, width=4):
+    """The mean of each number and up to `width` - 1 before it, as long as the series itself."""
+    sums = np.cumsum([0.0, *numbers])
+    start = np.maximum(np.arange(len(numbers)) + 1 - width, 0)
+    return (sums[1:] - sums[start]) / np.minimum(np.arange(len(numbers)) + 1, width)
+
+
+def over_steps(groups, curves, width=4):
+    """Several series over the steps of several runs: {name: [run, run, ...]}, a panel a group. Each run is a thin line (running
+    mean of `width` steps), the mean of all runs a thick one. `curves` is {key of a row: label}."""
+    figure, axes = new_figure(1, len(groups), size=(max(4.2, 2.3 * len(groups)), 2.5), sharey=True)
+    for axis, (name, runs) in zip(axes[0], groups.items()):
+        for (colour, style), (key, label) in zip(((BLUE, "-"), (ORANGE, "--"), (GREEN, ":")), curves.items()):
+            lines = [running_mean([row[key] for row in run], width) for run in runs]
+            for line in lines if len(lines) > 1 else []:
+                axis.plot(range(1, len(line) + 1), line, color=colour, linewidth=0.6, alpha=0.6, linestyle=style)
+            mean = np.mean([line[: min(map(len, lines))] for line in lines], axis=0)
+            axis.plot(range(1, len(mean) + 1), mean, color=colour, linewidth=2, linestyle=style, label=label)
+        axis.set_title(name, fontsize=8)
+        axis.axhline(0, color="black", linewidth=0.5)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.set_xlabel("step", fontsize=8)
+    axes[0, 0].legend(fontsize=7, frameon=False)
+    return figure
+
+
+def frontier(groups, x="kl", y="gold", labels=("KL (nats a response)", "gold"), width=4):
+    """The paths of several runs, {name: [run, run, ...]}, over the plane of KL and gold, running means of `width` steps, with a
+    mark where each run ends. Distance is laid out as the square root of KL, as in Gao et al. 2023 (arXiv:2210.10760)."""
+    figure, axes = new_figure(size=(6.4, 3.4))
+    axis = axes[0, 0]
+    axis.set_xscale("function", functions=(lambda kl: np.sqrt(np.maximum(kl, 0)), np.square))
+    for (name, runs), colour, marker in zip(groups.items(), (RED, BLUE, GREEN, ORANGE, PURPLE, GREY), "oDs^vP"):
+        for i, run in enumerate(runs):
+            path = [running_mean([row[key] for row in run], width) for key in (x, y)]
+            axis.plot(*path, color=colour, linewidth=0.9, alpha=0.75)
+            axis.plot(path[0][-1], path[1][-1], marker, color=colour, markersize=7, markeredgecolor="black", label=None if i else name)
+    ticks = [tick for tick in (0, 2, 8, 20, 50, 100, 200, 400) if tick <= axis.get_xlim()[1]]
+    axis.set_xticks(ticks, [str(tick) for tick in ticks])
+    axis.set_xlabel(labels[0] + ", spaced by its square root", fontsize=8)
+    axis.set_ylabel(labels[1], fontsize=8)
+    axis.legend(fontsize=7, frameon=False)
     return figure
 
 

@@ -22,8 +22,8 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
 LIMIT = 1200  # seconds for one notebook; two minutes where nothing else runs
 
-websocket = pytest.importorskip("websocket", reason="no websocket-client: pip install -e .[lab,test]")
-pytest.importorskip("jupyterlab", reason="no JupyterLab: pip install -e .[lab,test]")
+websocket = pytest.importorskip("websocket", reason="no websocket-client: pip install -e .[lab,test,trl]")
+pytest.importorskip("jupyterlab", reason="no JupyterLab: pip install -e .[lab,test,trl]")
 no_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian: apt install chromium)")
 pytestmark = [pytest.mark.browser, no_browser]
 

@@ -87,6 +87,30 @@ def test_live_curves_use_one_output_and_draw_at_most_every_few_seconds(trainer, 
     assert live.history == trainer.history
 
 
+def test_a_running_mean_counts_what_is_there():
+    assert np.allclose(plots.running_mean([4.0, 0.0, 2.0, 6.0], width=3), [4, 2, 2, 8 / 3])
+
+
+def test_runs_of_a_group_are_thin_lines_and_their_mean_a_thick_one():
+    runs = [[{"proxy": 1.0}, {"proxy": 3.0}], [{"proxy": 3.0}, {"proxy": 5.0}, {"proxy": 9.0}]]
+    figure = plots.over_steps({"two runs": runs, "one run": runs[:1]}, {"proxy": "proxy"}, width=1)
+    *thin, mean = figure.axes[0].lines[:3]
+    assert [line.get_ydata().tolist() for line in thin] == [[1, 3], [3, 5, 9]]
+    assert mean.get_ydata().tolist() == [2, 4] and mean.get_xdata().tolist() == [1, 2]
+    assert mean.get_linewidth() > max(line.get_linewidth() for line in thin)
+    assert figure.axes[1].lines[0].get_ydata().tolist() == [1, 3]
+
+
+def test_the_frontier_marks_where_each_run_ends_and_names_each_group_once():
+    run = [{"kl": 0.0, "gold": 1.0}, {"kl": 4.0, "gold": 2.0}, {"kl": 9.0, "gold": 0.5}]
+    axis = plots.frontier({"free": [run, run[:2]], "priced": [run[:1]]}, width=1).axes[0]
+    ends = [line.get_xydata()[0].tolist() for line in axis.lines[1::2]]
+    assert ends == [[9.0, 0.5], [4.0, 2.0], [0.0, 1.0]]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["free", "priced"]
+    place = axis.transData.transform
+    assert np.isclose(place((4, 0))[0] - place((0, 0))[0], place((16, 0))[0] - place((4, 0))[0])  # spaced by the square root
+
+
 def test_histograms_share_their_bins_and_mark_the_means():
     figure = plots.histograms({"before": [0.0, 1.0], "after": [2.0, 4.0]}, "score", bins=4)
     (axis,) = figure.axes

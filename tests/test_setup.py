@@ -41,8 +41,8 @@ def test_the_pins_name_no_build_of_torch_and_no_cuda_package():
 def test_the_environment_file_lists_no_dependency_of_its_own():
     conda = [entry for entry in ENVIRONMENT["dependencies"] if isinstance(entry, str)]
     assert {re.split("[=<>]", entry)[0] for entry in conda} == {"python", "pip"}
-    assert pip_section() == ["-c constraints.txt", "-e .[lab,test]"]
-    assert {"lab", "test"} <= PROJECT["optional-dependencies"].keys()
+    assert pip_section() == ["-c constraints.txt", "-e .[lab,test,trl]"]
+    assert {"lab", "test", "trl"} <= PROJECT["optional-dependencies"].keys()
 
 
 def test_every_make_command_of_the_readme_exists():
