@@ -31,7 +31,7 @@ lab: $(VENV)/.lab
 test: $(VENV)/.test
 	$(PY) -m pytest $(ARGS)
 
-test-all: $(VENV)/.test
+test-all: $(VENV)/.all
 	$(PY) -m pytest -m "slow or not slow" $(ARGS)
 
 # ---- set-up: a stamp for each group of packages, made again when the lists change
@@ -52,6 +52,11 @@ endif
 $(VENV)/.lab $(VENV)/.test: $(VENV)/.%: $(VENV)/.core Makefile
 	@echo "setting up: packages for $*"
 	$(PIP) -e ".[lab,test,trl]"
+	touch $@
+
+$(VENV)/.all: $(VENV)/.test
+	@echo "setting up: trackers"
+	$(PIP) -e ".[tracking]"
 	touch $@
 
 # ---- for authors

@@ -82,15 +82,18 @@ def token_table(tokenizer, rollout, row=0, ratio=None):
                                                  "rewards": "reward", "advantages": "advantage", "returns": "return"})  # fmt: skip
 
 
-def token_heatmap(tokenizer, rollout, row=0, signals=("kl", "rewards", "values", "advantages"), per_line=10):
-    """One response of a Rollout as text, once for every signal, each token on a ground that shows its number."""
+def token_heatmap(tokenizer, rollout, row=0, signals=("kl", "rewards", "values", "advantages"), per_line=10, ratio=None):
+    """One response of a Rollout as text, once for every signal, each token on a ground that shows its number. `ratio` (T,), if
+    given, is drawn last, as its distance from 1."""
     keep = rollout.mask[row]
     tokens = token_strings(tokenizer, rollout.response_ids[row][keep])
+    numbers = {name: getattr(rollout, name)[row][keep].cpu().numpy().astype(float) for name in signals}
+    if ratio is not None:
+        numbers["ratio - 1"] = np.asarray(ratio, dtype=float)[: len(tokens)] - 1
     lines = -(-len(tokens) // per_line)
-    figure, axes = new_figure(len(signals), 1, size=(0.78 * per_line + 1, (0.27 * lines + 0.36) * len(signals)))
-    for axis, name in zip(axes[:, 0], signals):
-        numbers = getattr(rollout, name)[row][keep].cpu().numpy().astype(float)
-        draw_tokens(figure, axis, tokens, numbers, name, per_line)
+    figure, axes = new_figure(len(numbers), 1, size=(0.78 * per_line + 1, (0.27 * lines + 0.36) * len(numbers)))
+    for axis, name in zip(axes[:, 0], numbers):
+        draw_tokens(figure, axis, tokens, numbers[name], name, per_line)
     return figure
 
 

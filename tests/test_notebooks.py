@@ -11,6 +11,7 @@ import pytest
 
 from rlhf_helpers import checks
 from rlhf_helpers.config import REPOSITORY
+from tools import readme_pictures
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -228,3 +229,13 @@ def test_how_an_anchor_is_made(tmp_path):
 def test_it_leads_on_to_the_next_notebook(notebook):
     later = [other.name for other in NOTEBOOKS if other.name > notebook.name]
     assert not later or f"]({later[0]})" in cells(notebook)[-1][1]["source"]
+
+
+# ---------------------------------------------------------------- the README
+
+
+def test_the_pictures_of_the_readme_are_those_that_the_notebooks_stored():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"!\[[^\]]{20,}\]\(([^)]+)\)", readme)) == sorted(readme_pictures.PICTURES)
+    stored = [png for notebook in NOTEBOOKS for _, output in outputs(notebook) for png in images(output).values()]
+    assert [file for file in readme_pictures.PICTURES if (ROOT / file).read_bytes() not in stored] == []

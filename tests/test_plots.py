@@ -52,6 +52,13 @@ def test_a_heat_map_has_a_panel_for_every_signal_with_every_token(trainer):
     assert pixels(figure).std() > 0.05
 
 
+def test_a_heat_map_of_ratios_is_centred_at_1(trainer):
+    ratio = np.linspace(0.5, 1.5, trainer.rollout.mask.shape[1])
+    figure = plots.token_heatmap(trainer.tokenizer, trainer.rollout, row=2, signals=(), per_line=9, ratio=ratio)
+    drawn = figure.axes[0].images[0].get_array().compressed()
+    assert np.allclose(drawn[: len(trainer.rollout.responses[2])], (ratio - 1)[: len(trainer.rollout.responses[2])])
+
+
 def test_a_signal_of_zeros_and_text_that_looks_like_mathematics_can_be_drawn():
     figure, axes = plots.new_figure()
     plots.draw_tokens(figure, axes[0, 0], ["$", "$x_1", "\\alpha$"], np.zeros(3), "kl")
