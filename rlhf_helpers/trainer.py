@@ -16,7 +16,14 @@ from accelerate import Accelerator
 from rlhf_helpers import ppo
 from rlhf_helpers.checkpoint import load_checkpoint, save_checkpoint
 from rlhf_helpers.config import project_root
-from rlhf_helpers.models import PolicyWithValueHead, device_and_dtype, encode_prompt, is_4bit, response_logits
+from rlhf_helpers.models import (
+    PolicyWithValueHead,
+    device_and_dtype,
+    encode_prompt,
+    give_back_large_blocks,
+    is_4bit,
+    response_logits,
+)
 from rlhf_helpers.rollout import collate, fill_advantages, fill_rewards
 from rlhf_helpers.sampling import MergedCopy, can_merge, sample
 from rlhf_helpers.stats import minibatch_stats, step_stats
@@ -48,6 +55,8 @@ class PPOTrainer:
             )
         self.config, self.tokenizer = config, tokenizer
         on_cpu = device_and_dtype()[0].type == "cpu"  # said aloud, else Accelerate would not join several processes on a CPU
+        if on_cpu:
+            give_back_large_blocks()
         self.accelerator = Accelerator(cpu=on_cpu, log_with=config.log_with, project_dir=project_root() / "output" / "tracking")
         if config.log_with:
             self.accelerator.init_trackers("rlhf-ppo", config={k: v for k, v in vars(config).items() if v is not None})

@@ -1,5 +1,8 @@
 """The policy: tokenizer, 4-bit loading, the forward pass, the value head, adapters off, and gradients through 4-bit layers."""
 
+import subprocess
+import sys
+
 import bitsandbytes as bnb
 import pytest
 import torch
@@ -261,3 +264,32 @@ def test_the_adapters_are_peft_s(nf4):
     policy = PolicyWithValueHead(nf4())
     assert policy.has_adapters and isinstance(policy.pretrained_model, PeftModel)
     assert not PolicyWithValueHead(tiny.llama()).has_adapters
+
+
+# ---------------------------------------------------------------- memory of the process
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="what glibc keeps can be read on Linux only")
+def test_freed_blocks_of_megabytes_go_back_to_the_system_at_once():
+    script = """
+import re, sys, torch
+from rlhf_helpers.models import give_back_large_blocks
+if sys.argv[1] == "yes":
+    give_back_large_blocks()
+held = lambda: int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+torch.ones(7 * 2**20)  # 28 MB, freed: from here on glibc takes blocks up to this size from its heap
+before, kept = held(), []
+for _ in range(20):
+    large, small = torch.ones(5 * 2**20), torch.ones(2**16)
+    kept.append((large, small))
+kept = [small for _, small in kept]  # the large ones are freed, the small ones lie between
+del large
+print(held() - before)
+"""
+    grown = {}
+    for asked in ("yes", "no"):
+        done = subprocess.run([sys.executable, "-c", script, asked], capture_output=True, text=True, check=True)
+        grown[asked] = float(done.stdout)
+    if grown["no"] < 50:
+        pytest.skip("this allocator keeps nothing by itself")
+    assert grown["yes"] < 20  # the small ones: 5 MB
