@@ -102,7 +102,7 @@ def ours(epochs, updates, options):
 
 
 def trl(epochs, updates, options):
-    """The same with TRL, set as fast as it still learns: 4-bit critic (by default just its last layer is trained), no gradient
+    """The same with TRL, set as fast as it still learns: 4-bit critic (with adapters, or just its last layer trained), no gradient
     checkpointing, no autocast, no sample tables, and a pad token that is not EOS, which its masks need."""
     import tempfile
     from types import SimpleNamespace
@@ -295,7 +295,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3, help="runs of each trainer")
     parser.add_argument("--epochs", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--json", metavar="FILE", help="keep every number here")
-    parser.add_argument("--trl-critic", choices=["head", "lora"], default="head", help="what of TRL's critic is trained")
+    parser.add_argument("--trl-critic", choices=["head", "lora"], default="lora", help="what of TRL's critic is trained")
     parser.add_argument("--trl-attention", choices=["eager", "sdpa"], default="sdpa")
     parser.add_argument("--child", choices=["ours", "trl", "roofline"], help=argparse.SUPPRESS)
     options = parser.parse_args()
