@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import json
-import resource
 import sys
 import time
 import types
@@ -19,12 +18,12 @@ every step), samples.jsonl (the same held-out prompts before and after), curves.
 PEFT loads, with everything needed to --resume).
 
 examples:
-  python -m rlhf_helpers                                   the course's run on two CPU cores, about 5 minutes
+  python -m rlhf_helpers                                   the course's run on two CPU cores, about 7 minutes
   python -m rlhf_helpers --check                           what will work on this machine
   python -m rlhf_helpers --steps 5 --output output/try     a short try
   python -m rlhf_helpers --init_kl_coef 0 --kl_budget inf --steps 80   no KL penalty, no budget: watch the gold
   python -m rlhf_helpers --profile gpu --model org/model   another model on a GPU
-  accelerate launch --num_processes 2 -m rlhf_helpers      the same on two GPUs (two processes on a CPU: add --cpu)
+  accelerate launch --num_processes 2 -m rlhf_helpers      the same on two GPUs (also on two CPU cores: add --multi_gpu)
 """
 
 
@@ -200,10 +199,10 @@ class Progress:
 def summarize(before, after, reward_std, seconds):
     """What summary.json says of two Evaluations."""
     from rlhf_helpers.evaluation import paired_gain
+    from rlhf_helpers.memory import peak_megabytes
 
     _, reward_interval = paired_gain(before.prompts, before.rewards, after.rewards)
     _, gold_interval = paired_gain(before.prompts, before.gold, after.gold)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024**2 if sys.platform == "darwin" else 1024)
     numbers = dict(
         heldout_reward_before=before.rewards.mean(),
         heldout_reward_after=after.rewards.mean(),
@@ -216,7 +215,7 @@ def summarize(before, after, reward_std, seconds):
         distinct2_before=before.distinct2,
         distinct2_after=after.distinct2,
         seconds=seconds,
-        peak_rss_mb=peak,
+        peak_rss_mb=peak_megabytes(),
     )
     return {k: [round(x, 4) for x in v] if isinstance(v, tuple) else round(float(v), 4) for k, v in numbers.items()}
 
