@@ -103,6 +103,7 @@ def run(options):
     if options.resume and not (Path(options.resume) / "trainer.json").is_file():
         raise ValueError(f"--resume {options.resume}: no checkpoint here; expected a folder made by an earlier run")
 
+    import torch
     from accelerate import PartialState
 
     from rlhf_helpers.evaluation import evaluate
@@ -113,8 +114,11 @@ def run(options):
     reward_folder = options.reward_model or root / profile.reward_model
     if options.reward_model:
         RewardModel.load(reward_folder)  # a wrong folder is reported before the models are fetched
-    processes = PartialState(cpu=device_and_dtype()[0].type == "cpu")  # one, unless `accelerate launch` started more: then the main one prepares, writes and reports
+    device, dtype = device_and_dtype()
+    processes = PartialState(cpu=device.type == "cpu")  # one, unless `accelerate launch` started more: the main one prepares and reports
     say = processes.print
+    if dtype == torch.float16:
+        say("this card has no native bf16 (compute capability below 8.0): computing in fp16, which ends at 65,504")
     if processes.num_processes > 1 and not Path(reward_folder).exists():  # transformers' Trainer would join these processes
         raise ValueError(f"{reward_folder}: no reward model yet; expected one: run `python -m rlhf_helpers --prepare` first")
     with processes.main_process_first():

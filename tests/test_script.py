@@ -8,8 +8,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
-from rlhf_helpers import assets, check
+from rlhf_helpers import assets, check, models
 from rlhf_helpers.__main__ import main, parser
 from rlhf_helpers.assets import Asset
 from rlhf_helpers.config import PPO_FIELDS
@@ -242,3 +243,10 @@ def test_a_folder_to_resume_from_that_is_none_is_reported_before_anything_is_mad
     before = files(home)
     assert exit_status(["--resume", home / "nowhere"]) == 2
     assert "nowhere: no checkpoint here" in capsys.readouterr().err and files(home) == before
+
+
+@pytest.mark.parametrize("dtype, said", [(torch.float16, True), (torch.bfloat16, False)])
+def test_a_card_without_native_bf16_is_told_so_once(dtype, said, home, llama_folder, reward_folders, monkeypatch, capsys):
+    monkeypatch.setattr(models, "device_and_dtype", lambda: (torch.device("cpu"), dtype))
+    assert exit_status(["--prepare", "--model", llama_folder, "--reward-model", reward_folders[1]]) == 0
+    assert capsys.readouterr().out.count("no native bf16") == said
