@@ -330,3 +330,67 @@ def check_mean_of_all(answer):
         (means, "that is a mean for each process; one number is wanted for all"),
     ]
     function(answer, cases, hints, praise="one sum over one count, whoever holds the tokens")
+
+
+# ---------------------------------------------------------------- 07 reward hacking
+
+
+def check_best_policy(answer):
+    """A function (ref, scores, beta) -> the probabilities that maximise score minus beta times KL, a list."""
+
+    def ideal(weigh):
+        def policy(ref, scores, beta):
+            weights = [weigh(p, score, beta) for p, score in zip(ref, scores)]
+            return [weight / sum(weights) for weight in weights]
+
+        return policy
+
+    right = ideal(lambda p, score, beta: p * math.exp(score / beta))
+    hints = [
+        (ideal(lambda p, score, beta: p * math.exp(score * beta)), "the price divides the score: a high price must keep the policy near the reference"),
+        (ideal(lambda p, score, beta: math.exp(score / beta)), "the reference is missing: what it never writes, the policy hardly writes"),
+        (ideal(lambda p, score, beta: p * math.exp(score)), "the price is missing: divide the score by it"),
+        (ideal(lambda p, score, beta: p * score / beta), "the exponential is missing: exp(score / beta)"),
+        (lambda ref, scores, beta: [p * math.exp(s / beta) for p, s in zip(ref, scores)], "probabilities add up to 1: divide by their sum"),
+    ]  # fmt: skip
+    cases = [(arguments, right(*arguments)) for arguments in (([0.7, 0.3], [0.0, 1.0], 0.5), ([0.5, 0.4, 0.1], [0.2, -1.0, 2.0], 2.0))]
+    function(answer, cases, hints, praise="the reference, tilted by exp(score / beta)")
+
+
+def check_steps_until_spent(answer):
+    """A function (KL of each step, budget) -> how many steps a run makes before its budget ends it."""
+
+    def until(window=4, count=1, late=False):
+        def steps(kls, budget):
+            for n in range(window if late else 1, len(kls) + 1):
+                last = kls[max(0, n - window) : n]
+                if sum(last) / len(last) > budget:
+                    return n - 1 + count
+            return len(kls)
+
+        return steps
+
+    hints = [
+        (until(window=1), "one step is noisy; take the mean of the last four"),
+        (until(window=10**6), "that is the mean of all steps so far; only the last four count"),
+        (until(count=0), "one too few: the step that passes the budget has been made"),
+        (until(late=True), "while there are fewer than four steps, the mean is over those"),
+        (lambda kls, budget: sum(kl <= budget for kl in kls), "a KL may fall again, but the run has ended; find the first step, by the mean of four"),
+    ]
+    runs = [[1.0, 2.0, 9.0, 3.0, 4.0, 12.0, 14.0, 15.0, 2.0], [0.1, 0.2, 0.3], [20.0, 1.0, 1.0, 1.0, 1.0]]
+    cases = [((kls, 8.0), until()(kls, 8.0)) for kls in runs]
+    function(answer, cases, hints, praise="the same rule as PPOTrainer.train's")
+
+
+def check_cautious(answer):
+    """A function of two tensors of scores (B,) -> the smaller one for each response, (B,)."""
+    import torch
+
+    first, second = torch.tensor([1.0, -0.5, 2.0, 0.0]), torch.tensor([0.5, 0.5, -2.0, 0.0])
+    hints = [
+        (lambda a, b: (a + b) / 2, "the mean lets one enthusiast outvote the other"),
+        (torch.maximum, "that is the larger one: whoever is fooled decides"),
+        (lambda a, b: min(a.min(), b.min()), "one number for the whole batch; one for each response is wanted"),
+        (lambda a, b: a if a.sum() < b.sum() else b, "that chooses one model for the whole batch; choose for each response"),
+    ]
+    function(answer, [((first, second), torch.minimum(first, second))], hints, praise="a response is as good as its sterner judge says")

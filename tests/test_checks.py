@@ -5,6 +5,7 @@ import inspect
 import math
 import re
 from collections import namedtuple
+from statistics import mean
 
 import numpy as np
 import pandas as pd
@@ -95,6 +96,19 @@ WRONG = {
         ("lambda sums, counts: sum(s / n for s, n in zip(sums, counts)) / len(sums)", "a mean of means"),
         ("lambda sums, counts: sum(sums) / len(sums)", "divide by the number of tokens"),
     ],
+    "check_best_policy": [
+        ("lambda ref, scores, beta: [p * math.exp(s / beta) for p, s in zip(ref, scores)]", "divide by their sum"),
+        ("lambda ref, scores, beta: torch.softmax(torch.tensor(scores) / beta, 0)", "the reference is missing"),
+        ("lambda ref, scores, beta: torch.softmax(torch.tensor(ref).log() + torch.tensor(scores) * beta, 0)", "the price divides"),
+    ],
+    "check_steps_until_spent": [
+        ("lambda kls, budget: next((n for n, kl in enumerate(kls, 1) if kl > budget), len(kls))", "one step is noisy"),
+        ("lambda kls, budget: next((n for n in range(len(kls)) if mean(kls[max(0, n - 3) : n + 1]) > budget), len(kls))", "one too few"),
+    ],
+    "check_cautious": [
+        ("lambda first, second: (first + second) / 2", "outvote"),
+        ("lambda first, second: torch.cat([first, second]).min()", "one number for the whole batch"),
+    ],
 }  # fmt: skip
 
 CHECKS = {name: check for name, check in inspect.getmembers(checks, inspect.isfunction) if name.startswith("check_")}
@@ -132,7 +146,7 @@ def gae(rewards, values, gamma, decay):
 
 def run(code):
     """The names that a cell leaves behind."""
-    names = dict(torch=torch, math=math, checks=checks, CPU=CPU, PPOConfig=PPOConfig, gae=gae)
+    names = dict(torch=torch, math=math, mean=mean, checks=checks, CPU=CPU, PPOConfig=PPOConfig, gae=gae)
     exec(code, names)
     return names
 
