@@ -126,6 +126,7 @@ def run(options):
         reward = ensure_reward_model(reward_folder)
     if options.prepare:
         say(f"ready: {profile.model}, {reward_folder}")
+        processes.destroy_process_group()
         return 0
 
     policy, tokenizer = load_policy(profile, seed=config.seed)
@@ -151,7 +152,8 @@ def run(options):
     after = evaluate(trainer, heldout, reward)
 
     trainer.save(output / "checkpoint")
-    trainer.accelerator.end_training()
+    processes.wait_for_everyone()
+    trainer.accelerator.end_training()  # also closes the process group: a process that exits with it open may crash (gloo)
     if not processes.is_main_process:
         return 0
     save_jsonl(output / "history.jsonl", trainer.history)

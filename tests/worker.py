@@ -12,6 +12,13 @@ from tests import tiny
 ORDERS = {4: [0, 2, 1, 3], 2: [0, 1]}  # of the rows: either way the first minibatch is made of rows 0 and 2
 
 
+def leave():
+    """Close the process group together. A process that exits with it open may be killed by its own threads (gloo)."""
+    state = PartialState(cpu=True)
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
+
 def my_share(trainer, sequence):
     """This process's rows of the batch, as PPOTrainer.train deals them: neighbours stay together."""
     rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
@@ -67,3 +74,4 @@ def unlucky(folder):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     {"update": update, "resume": resume, "unlucky": unlucky}[sys.argv[1]](Path(sys.argv[2]))
+    leave()
