@@ -25,6 +25,7 @@ from rlhf_helpers.trainer import PPOTrainer
 RUNS = {  # the price of KL, and which reward model is asked
     "none": (0.0, "one"),
     "kl_0.1": (0.1, "one"),
+    "kl_0.4": (0.4, "one"),
     "ensemble": (0.0, "ensemble"),
     "retrained": (0.0, "retrained"),
 }

@@ -70,7 +70,7 @@ def can_merge(lm):
 
 
 class MergedCopy:
-    """A plain bf16 copy of a 4-bit policy with its adapters merged in, for sampling on a CPU.
+    """A plain copy, in bf16 like the policy's embeddings, of a 4-bit policy with its adapters merged in: to sample on a CPU.
 
     Decoding through 4-bit layers spends most of its time unpacking them, once per token; the copy unpacks them once per
     step. Embeddings and norms are shared with the policy. It decides how fast samples come, never what is learnt: log-probs
@@ -83,6 +83,7 @@ class MergedCopy:
         with torch.device("meta"):
             self.lm = type(base)(config).eval()
         modules = dict(self.lm.named_modules())
+        self.dtype = base.get_input_embeddings().weight.dtype
         self.merged = []  # (LoRA layer, the copy's layer)
         for name, module in base.named_modules():
             adapted = name.endswith(".base_layer")
@@ -97,11 +98,10 @@ class MergedCopy:
                 modules[name]._parameters.update(module._parameters)
                 modules[name]._buffers.update(module._buffers)
 
-    @staticmethod
-    def unpacked(layer):
+    def unpacked(self, layer):
         if not isinstance(layer, bnb.nn.Linear4bit):
             return layer.weight.detach().clone()
-        return dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(torch.bfloat16)
+        return dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(self.dtype)
 
     @torch.no_grad()
     def refresh(self, adapters=True):
