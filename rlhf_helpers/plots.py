@@ -14,6 +14,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 
+from rlhf_helpers.stats import as_array
+
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#666666"
 CURVES = {
     "ppo/mean_scores": "score",
@@ -77,7 +79,7 @@ def token_table(tokenizer, rollout, row=0, ratio=None):
     columns = {"token": token_strings(tokenizer, rollout.response_ids[row][keep])}
     columns |= {name: getattr(rollout, name)[row][keep].cpu().numpy() for name in SIGNALS}
     if ratio is not None:
-        columns["ratio"] = np.asarray(ratio)[: int(keep.sum())]
+        columns["ratio"] = as_array(ratio)[: int(keep.sum())]
     return pd.DataFrame(columns).rename(columns={"ref_logprobs": "ref", "logprobs": "logprob", "values": "value",
                                                  "rewards": "reward", "advantages": "advantage", "returns": "return"})  # fmt: skip
 
@@ -87,9 +89,9 @@ def token_heatmap(tokenizer, rollout, row=0, signals=("kl", "rewards", "values",
     given, is drawn last, as its distance from 1."""
     keep = rollout.mask[row]
     tokens = token_strings(tokenizer, rollout.response_ids[row][keep])
-    numbers = {name: getattr(rollout, name)[row][keep].cpu().numpy().astype(float) for name in signals}
+    numbers = {name: as_array(getattr(rollout, name)[row][keep]) for name in signals}
     if ratio is not None:
-        numbers["ratio - 1"] = np.asarray(ratio, dtype=float)[: len(tokens)] - 1
+        numbers["ratio - 1"] = as_array(ratio)[: len(tokens)] - 1
     lines = -(-len(tokens) // per_line)
     figure, axes = new_figure(len(numbers), 1, size=(0.78 * per_line + 1, (0.27 * lines + 0.36) * len(numbers)))
     for axis, name in zip(axes[:, 0], numbers):
@@ -120,7 +122,7 @@ def draw_tokens(figure, axis, tokens, numbers, title, per_line=10):
 def logprob_changes(advantages, before, after, bins=8):
     """What an update did: the change of each sampled token's log-prob against its advantage, a dot a token, and the mean
     with its 95 % interval in `bins` groups of equally many tokens. All three are 1-D."""
-    advantages, before, after = (np.asarray(x, dtype=float) for x in (advantages, before, after))
+    advantages, before, after = map(as_array, (advantages, before, after))
     change = after - before
     figure, axes = new_figure(size=(6, 3))
     axis = axes[0, 0]
@@ -200,7 +202,7 @@ class LiveCurves:
 def histograms(groups, label, bins=30, title=None):
     """Overlaid histograms of several groups of numbers, {name: numbers}, on common bins."""
     figure, axes = new_figure(size=(5.6, 2.4))
-    numbers = {name: np.asarray(values, dtype=float) for name, values in groups.items()}
+    numbers = {name: as_array(values) for name, values in groups.items()}
     edges = np.histogram_bin_edges(np.concatenate(list(numbers.values())), bins)
     for colour, (name, values) in zip((BLUE, ORANGE, GREEN, RED), numbers.items()):
         axes[0, 0].hist(values, edges, alpha=0.55, color=colour, label=name)
@@ -217,6 +219,7 @@ def histograms(groups, label, bins=30, title=None):
 def clipped_objective(cliprange=0.2, ratios=None, advantages=None):
     """PPO's loss of one token against its ratio, for a good and a bad token; tokens of a run as dots, if given."""
     figure, axes = new_figure(1, 2, size=(7.4, 2.5))
+    ratios = None if ratios is None else as_array(ratios)
     low, high = (0.5, 1.5) if ratios is None else (min(0.5, *ratios), max(1.5, *ratios))
     grid = np.linspace(low, high, 401)
     for axis, (sign, name) in zip(axes[0], ((1, "advantage +1: make it likelier"), (-1, "advantage -1: make it rarer"))):
@@ -229,7 +232,7 @@ def clipped_objective(cliprange=0.2, ratios=None, advantages=None):
         axis.text(np.mean(flat), 0.75, "clipped:\nno gradient", ha="center", fontsize=7, transform=axis.get_xaxis_transform())
         axis.axvline(1, color=GREY, linewidth=0.6)
         if ratios is not None:
-            some = np.asarray(ratios)[np.sign(np.asarray(advantages)) == sign]
+            some = ratios[np.sign(as_array(advantages)) == sign]
             axis.plot(some, np.maximum(-sign * some, -sign * some.clip(1 - cliprange, 1 + cliprange)), ".", color=ORANGE, markersize=4)
         axis.set_title(name, fontsize=8)
         axis.set_xlabel("ratio", fontsize=8)
@@ -241,7 +244,7 @@ def before_after(numbers):
     """{name: (before, after)} of the same prompts: a panel each, a dot a prompt, above the diagonal where it went up."""
     figure, axes = new_figure(1, len(numbers), size=(3.3 * len(numbers), 3))
     for axis, (name, pair) in zip(axes[0], numbers.items()):
-        before, after = (np.asarray(x, dtype=float) for x in pair)
+        before, after = map(as_array, pair)
         low, high = min(before.min(), after.min()), max(before.max(), after.max())
         up = after > before
         axis.plot([low, high], [low, high], color=GREY, linewidth=0.8, linestyle=":")

@@ -223,8 +223,8 @@ def base_samples(pairs):
 def pair_accuracy(reward_fn, pairs):
     """(accuracy, (low, high)): share of pairs whose chosen response scores higher, with a 95 % bootstrap interval."""
     prompts = [pair["prompt"] for pair in pairs]
-    margins = np.asarray(reward_fn(prompts, [p["chosen"] for p in pairs])) - np.asarray(reward_fn(prompts, [p["rejected"] for p in pairs]))
-    right = margins > 0
+    chosen, rejected = (reward_fn(prompts, [pair[side] for pair in pairs]) for side in ("chosen", "rejected"))
+    right = np.asarray([float(better) > float(worse) for better, worse in zip(chosen, rejected, strict=True)])
     draws = np.random.default_rng(0).choice(right, (2000, len(right))).mean(1)
     return right.mean().item(), tuple(np.quantile(draws, [0.025, 0.975]).tolist())
 
