@@ -4,6 +4,7 @@ where it must be, and nothing about speed, memory or a card's kernels.
 
     python -m tests.pretend_cuda notebooks/04_ppo_step_by_step.ipynb      the cells of a notebook, in its short form
     python -m tests.pretend_cuda rlhf_helpers --steps 1                   a module, with its arguments
+    python -m tests.pretend_cuda --old pytest -m cuda                     on a card without bf16, like a T4
 
 A tensor pretends if its storage is listed in `on_card`. What an operation makes of such tensors is listed as well; copies to
 the CPU are not. Only what the course and its libraries use is imitated."""
@@ -72,8 +73,10 @@ class Arithmetic(TorchDispatchMode):
         here, name = [pretends(t) for t in real], function._schema.name.partition("::")[2]
         if any(here) and name not in MAY_MIX and any(not p and t.dim() for p, t in zip(here, real)):
             raise RuntimeError(f"Expected all tensors to be on the same device, but found cuda:0 and cpu: {function}")
-        result = function(*args, **(kwargs or {}))
-        if any(here[:1] if name in MAY_MIX else here):
+        kwargs = kwargs or {}
+        asked = means_card(kwargs.get("device"))  # of what makes tensors inside `with device:`
+        result = function(*args, **kwargs | ({"device": "cpu"} if asked else {}))
+        if asked or any(here[:1] if name in MAY_MIX else here):
             for tensor in tree_leaves(result):
                 if isinstance(tensor, torch.Tensor) and not tensor.is_meta and not pretends(tensor):
                     put(tensor)
@@ -217,8 +220,10 @@ def run_notebook(path):
     return failed
 
 
-def main(name, *arguments):
-    with PretendedCard():
+def main(*arguments):
+    old = arguments[0] == "--old"
+    name, *arguments = arguments[old:]
+    with PretendedCard(capability=(7, 5) if old else (8, 0)):
         if name.endswith(".ipynb"):
             return run_notebook(Path(name).resolve())
         sys.argv = [name, *arguments]

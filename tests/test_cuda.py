@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import bitsandbytes as bnb
 import pytest
@@ -31,16 +32,18 @@ def cuda(test):
     return pytest.mark.cuda(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card here")(test))
 
 
-def make_trainer(folder, checkpointing=False):
-    """A trainer on the tiny NF4 Llama of `folder`, on the card if there is one."""
+def make_trainer(folder, checkpointing=False, dtype=None):
+    """A trainer on the tiny NF4 Llama of `folder`, on the card if there is one; `dtype` is computed in, if given."""
     profile = Profile(name="tiny", model=str(folder), lora_r=4, gradient_checkpointing=checkpointing)
-    policy, tokenizer = models.load_policy(profile)
+    device, default = models.device_and_dtype()
+    with mock.patch.object(models, "device_and_dtype", lambda: (device, getattr(torch, dtype) if dtype else default)):
+        policy, tokenizer = models.load_policy(profile)
     return PPOTrainer(PPOConfig(**SETTINGS), policy, None, tokenizer)
 
 
-def curve(folder, steps=6):
+def curve(folder, steps=6, dtype=None):
     """Losses and KL of some steps on fixed batches, which do not depend on the device."""
-    trainer = make_trainer(folder)
+    trainer = make_trainer(folder, dtype=dtype)
     trainer.permutation = range
     stats = [trainer.step(*tiny.batch(seed=step)) for step in range(steps)]
     return [
@@ -105,8 +108,14 @@ def test_nf4_weights_unpacked_on_the_card_are_those_unpacked_on_the_cpu(llama_fo
 
 @cuda
 def test_the_loss_curve_is_the_cpu_s_within_bf16(llama_folder):
-    expected = torch.tensor(on_the_cpu(f"test_cuda.curve({str(llama_folder)!r})"))
-    torch.testing.assert_close(torch.tensor(curve(llama_folder)), expected, rtol=0.05, atol=0.02)
+    """Errors grow from step to step: so none further from the CPU's than four times what bf16 costs there against fp32, which
+    is less than half of what each series covers."""
+    on_card, on_cpu = curve(llama_folder), on_the_cpu(f"test_cuda.curve({str(llama_folder)!r})")
+    exact = on_the_cpu(f"test_cuda.curve({str(llama_folder)!r}, dtype='float32')")
+    on_card, on_cpu, exact = map(torch.tensor, (on_card, on_cpu, exact))
+    rounding = (on_cpu - exact).abs().amax(0)
+    assert (4 * rounding < 0.5 * (exact.amax(0) - exact.amin(0))).all()
+    assert ((on_card - on_cpu).abs().amax(0) <= 4 * rounding).all()
 
 
 @cuda

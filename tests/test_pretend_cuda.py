@@ -1,0 +1,110 @@
+"""The course on a pretended card: every tensor is where a GPU needs it, in the trainer, the script and all notebooks."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rlhf_helpers.reward import ensure_reward_model
+from tests.pretend_cuda import PretendedCard
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("0*.ipynb"))
+
+
+# ---------------------------------------------------------------- the pretended card itself
+
+
+def test_what_is_on_the_card_stays_there_until_it_is_copied_back():
+    with PretendedCard():
+        made = [torch.ones(2, 3, device="cuda"), torch.ones(2, 3).to("cuda"), torch.ones(2, 3).cuda(), torch.tensor([[1.0]], device="cuda:0")]
+        made += [made[0] * 2, made[0][1], made[0].sum(), made[0].bfloat16(), torch.zeros_like(made[0]), copy.deepcopy(made[0])]
+        with torch.device("cuda"):
+            made.append(torch.arange(3))
+        assert all(tensor.is_cuda and tensor.device == torch.device("cuda", 0) for tensor in made)
+        back = made[0].cpu()
+        assert back.device.type == "cpu" and made[0].is_cuda and (back + torch.ones(2, 3)).device.type == "cpu"
+    assert torch.ones(1).device.type == "cpu" and not torch.cuda.is_available()
+
+
+def test_a_gradient_lies_where_its_parameter_lies():
+    with PretendedCard():
+        layer = torch.nn.Linear(3, 1).to("cuda")
+        layer(torch.ones(2, 3, device="cuda")).sum().backward()
+        assert layer.weight.is_cuda and layer.weight.grad.is_cuda and layer.weight.grad.tolist() == [[2.0, 2.0, 2.0]]
+
+
+@pytest.mark.parametrize(
+    "mistake, error",
+    [
+        (lambda x: x + torch.ones(3), "same device"),
+        (lambda x: torch.cat([x, torch.ones(3)]), "same device"),
+        (lambda x: torch.nn.Embedding(5, 2).to("cuda")(torch.tensor([1])), "same device"),
+        (lambda x: x.numpy(), "to numpy"),
+        (lambda x: np.asarray(x, dtype=float), "to numpy"),
+    ],
+    ids=["a sum", "a list", "ids on the CPU", "numpy", "array"],
+)
+def test_what_a_card_refuses_is_refused(mistake, error):
+    with PretendedCard(), pytest.raises((RuntimeError, TypeError), match=error):
+        mistake(torch.ones(3, device="cuda"))
+
+
+def test_what_a_card_allows_is_allowed():
+    with PretendedCard():
+        x = torch.arange(4.0).to("cuda")
+        assert (x * torch.tensor(2.0)).tolist() == [0, 2, 4, 6]  # a single number
+        assert x[torch.tensor([3, 0])].tolist() == [3, 0] and x[torch.tensor([3, 0])].is_cuda  # an index
+        x.copy_(torch.ones(4))
+        assert x.tolist() == [1] * 4 and x.is_cuda
+
+
+# ---------------------------------------------------------------- the course on it
+
+
+def on_the_card(*arguments, **variables):
+    """Run `python -m tests.pretend_cuda`; what it printed, if all went well."""
+    environment = {**os.environ, "RLHF_FAST": "1", "OMP_NUM_THREADS": "2", **variables}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.pretend_cuda", *map(str, arguments)]
+    ran = subprocess.run(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=900)
+    assert ran.returncode == 0, ran.stdout
+    return ran.stdout
+
+
+def test_the_trainer_trains_on_the_card(llama_folder, tmp_path):
+    code = f"""
+from tests import test_cuda
+trainer = test_cuda.make_trainer({str(llama_folder)!r})
+queries, responses, scores = test_cuda.tiny.batch()
+stats = trainer.step(queries, trainer.generate(queries), scores)
+print(trainer.rollout.advantages.device, stats["ppo/policy/first_ratio_error"], stats["objective/kl"])
+"""
+    (tmp_path / "one_step.py").write_text(code, encoding="utf-8")
+    assert on_the_card("one_step", PYTHONPATH=str(tmp_path)).split()[-3:] == ["cuda:0", "0.0", "0.0"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [[], ["--old"]], ids=["bf16", "fp16"])
+def test_the_tests_for_a_card_pass_on_a_pretended_one(kind):
+    memory = ["--deselect", "tests/test_cuda.py::test_the_card_holds_by_part_what_was_computed_and_no_second_model"] if kind else []  # slow in fp16
+    printed = on_the_card(*kind, "pytest", "-q", "tests/test_cuda.py", "-m", "cuda", *memory)
+    assert f"{8 if kind else 9} passed" in printed and "skipped" not in printed and "failed" not in printed
+
+
+@pytest.mark.slow
+def test_the_script_runs_on_the_card(tmp_path):
+    ensure_reward_model()
+    printed = on_the_card("rlhf_helpers", "--steps", 2, "--output", tmp_path / "run")
+    assert "step   2/2" in printed and (tmp_path / "run" / "checkpoint" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_notebooks_run_on_the_card(notebook):
+    ensure_reward_model()
+    on_the_card(notebook)
