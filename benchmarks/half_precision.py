@@ -67,7 +67,13 @@ def compare(found, exact):
     errors = torch.stack([(found[name] - exact[name]).norm() / exact[name].norm() for name in exact])
     all_found, all_exact = (torch.cat([g.flatten() for g in some.values()]) for some in (found, exact))
     total = (all_found - all_exact).norm() / all_exact.norm()
-    return total.item(), errors.median().item(), errors.max().item(), (all_found == 0).float().mean().item(), bool(all_found.isfinite().all())
+    return (
+        total.item(),
+        errors.median().item(),
+        errors.max().item(),
+        (all_found == 0).float().mean().item(),
+        bool(all_found.isfinite().all()),
+    )
 
 
 def main(arguments=None):
@@ -77,7 +83,9 @@ def main(arguments=None):
     trainer = make_trainer(torch.float32, options.wide)
     batch = texts(trainer, options.wide)
     exact = gradients(trainer, *batch)
-    print("| computed in | error of the gradient | median tensor | worst tensor | zeros | all finite |\n|---|---|---|---|---|---|")
+    print(
+        "| computed in | error of the gradient | median tensor | worst tensor | zeros | all finite |\n|---|---|---|---|---|---|"
+    )
     for name, dtype, scale in CASES:
         total, median, worst, zeros, finite = compare(gradients(make_trainer(dtype, options.wide), *batch, scale), exact)
         print(f"| {name} | {total:.2%} | {median:.2%} | {worst:.2%} | {zeros:.3%} | {'yes' if finite else 'no'} |", flush=True)

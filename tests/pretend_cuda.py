@@ -25,8 +25,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 CARD = torch.device("cuda", 0)
-MAY_MIX = {"copy_", "_to_copy", "index", "index_put", "index_put_", "_index_put_impl_"}  # a card takes an index from the CPU
-FACTORIES = "tensor as_tensor zeros ones empty full arange linspace rand randn randint randperm eye scalar_tensor zeros_like ones_like empty_like full_like rand_like randn_like empty_strided"
+COPIES = {"copy_", "_to_copy"}
+INDEXING = {
+    "index",
+    "index_put",
+    "index_put_",
+    "_index_put_impl_",
+}  # a card takes an index from the CPU; not the other way round
+FACTORIES = (
+    "tensor as_tensor zeros ones empty full arange linspace rand randn randint randperm eye scalar_tensor empty_strided "
+    "zeros_like ones_like empty_like full_like rand_like randn_like"
+)
 NEW = "new_zeros new_ones new_empty new_full new_tensor"
 TO_NUMPY = "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first."
 on_card = {}  # weak references to storages, by address: while one is kept, its address is not used again
@@ -71,12 +80,13 @@ class Arithmetic(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         real = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and not t.is_meta]
         here, name = [pretends(t) for t in real], function._schema.name.partition("::")[2]
-        if any(here) and name not in MAY_MIX and any(not p and t.dim() for p, t in zip(here, real)):
+        fine = name in COPIES or (name in INDEXING and here[0])
+        if any(here) and not fine and any(not p and t.dim() for p, t in zip(here, real)):
             raise RuntimeError(f"Expected all tensors to be on the same device, but found cuda:0 and cpu: {function}")
         kwargs = kwargs or {}
         asked = means_card(kwargs.get("device"))  # of what makes tensors inside `with device:`
         result = function(*args, **kwargs | ({"device": "cpu"} if asked else {}))
-        if asked or any(here[:1] if name in MAY_MIX else here):
+        if asked or any(here[:1] if fine else here):
             for tensor in tree_leaves(result):
                 if isinstance(tensor, torch.Tensor) and not tensor.is_meta and not pretends(tensor):
                     put(tensor)
@@ -158,10 +168,21 @@ def tensor_methods():
 
 def card_functions(capability, gigabytes=16):
     """What is asked of `torch.cuda`. Memory is what the listed storages hold now: no peak is known."""
-    held = lambda *_: sum(torch.UntypedStorage._new_with_weak_ptr(r.cdata).nbytes() for r in list(on_card.values()) if not r.expired())
-    about = dict(name="a pretended card", total_memory=gigabytes * 2**30, major=capability[0], minor=capability[1], multi_processor_count=40)
+    held = lambda *_: sum(
+        torch.UntypedStorage._new_with_weak_ptr(r.cdata).nbytes() for r in list(on_card.values()) if not r.expired()
+    )
+    about = dict(
+        name="a pretended card",
+        total_memory=gigabytes * 2**30,
+        major=capability[0],
+        minor=capability[1],
+        multi_processor_count=40,
+    )
     constant = lambda value=None: lambda *_, **__: value
-    nothing = "set_device synchronize empty_cache reset_peak_memory_stats _lazy_init manual_seed manual_seed_all ipc_collect set_rng_state set_rng_state_all"
+    nothing = (
+        "set_device set_per_process_memory_fraction synchronize empty_cache reset_peak_memory_stats ipc_collect _lazy_init "
+        "manual_seed manual_seed_all set_rng_state set_rng_state_all"
+    )
     return {name: constant() for name in nothing.split()} | dict(
         is_available=constant(True),
         is_initialized=constant(True),
@@ -214,7 +235,11 @@ def run_notebook(path):
     os.chdir(path.parent)
     sys.path.insert(0, "")
     for number, cell in enumerate(cells):
-        if cell.cell_type == "code" and not shell.run_cell(cell.source).success and "raises-exception" not in cell.metadata.get("tags", []):
+        if (
+            cell.cell_type == "code"
+            and not shell.run_cell(cell.source).success
+            and "raises-exception" not in cell.metadata.get("tags", [])
+        ):
             failed += 1
             print(f"{path.name}: cell {number} failed on the pretended card")
     return failed

@@ -22,7 +22,12 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("0*.ipynb"))
 
 def test_what_is_on_the_card_stays_there_until_it_is_copied_back():
     with PretendedCard():
-        made = [torch.ones(2, 3, device="cuda"), torch.ones(2, 3).to("cuda"), torch.ones(2, 3).cuda(), torch.tensor([[1.0]], device="cuda:0")]
+        made = [
+            torch.ones(2, 3, device="cuda"),
+            torch.ones(2, 3).to("cuda"),
+            torch.ones(2, 3).cuda(),
+            torch.tensor([[1.0]], device="cuda:0"),
+        ]
         made += [made[0] * 2, made[0][1], made[0].sum(), made[0].bfloat16(), torch.zeros_like(made[0]), copy.deepcopy(made[0])]
         with torch.device("cuda"):
             made.append(torch.arange(3))
@@ -45,10 +50,11 @@ def test_a_gradient_lies_where_its_parameter_lies():
         (lambda x: x + torch.ones(3), "same device"),
         (lambda x: torch.cat([x, torch.ones(3)]), "same device"),
         (lambda x: torch.nn.Embedding(5, 2).to("cuda")(torch.tensor([1])), "same device"),
+        (lambda x: torch.ones(3)[x.long()], "same device"),
         (lambda x: x.numpy(), "to numpy"),
         (lambda x: np.asarray(x, dtype=float), "to numpy"),
     ],
-    ids=["a sum", "a list", "ids on the CPU", "numpy", "array"],
+    ids=["a sum", "a list", "ids on the CPU", "an index on the card", "numpy", "array"],
 )
 def test_what_a_card_refuses_is_refused(mistake, error):
     with PretendedCard(), pytest.raises((RuntimeError, TypeError), match=error):
@@ -71,7 +77,9 @@ def on_the_card(*arguments, **variables):
     """Run `python -m tests.pretend_cuda`; what it printed, if all went well."""
     environment = {**os.environ, "RLHF_FAST": "1", "OMP_NUM_THREADS": "2", **variables}
     command = [sys.executable, "-W", "ignore", "-m", "tests.pretend_cuda", *map(str, arguments)]
-    ran = subprocess.run(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=900)
+    ran = subprocess.run(
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=900
+    )
     assert ran.returncode == 0, ran.stdout
     return ran.stdout
 
@@ -91,7 +99,9 @@ print(trainer.rollout.advantages.device, stats["ppo/policy/first_ratio_error"], 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [[], ["--old"]], ids=["bf16", "fp16"])
 def test_the_tests_for_a_card_pass_on_a_pretended_one(kind):
-    memory = ["--deselect", "tests/test_cuda.py::test_the_card_holds_by_part_what_was_computed_and_no_second_model"] if kind else []  # slow in fp16
+    memory = (
+        ["--deselect", "tests/test_cuda.py::test_the_card_holds_by_part_what_was_computed_and_no_second_model"] if kind else []
+    )  # slow in fp16
     printed = on_the_card(*kind, "pytest", "-q", "tests/test_cuda.py", "-m", "cuda", *memory)
     assert f"{8 if kind else 9} passed" in printed and "skipped" not in printed and "failed" not in printed
 
@@ -101,6 +111,13 @@ def test_the_script_runs_on_the_card(tmp_path):
     ensure_reward_model()
     printed = on_the_card("rlhf_helpers", "--steps", 2, "--output", tmp_path / "run")
     assert "step   2/2" in printed and (tmp_path / "run" / "checkpoint" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_7b_model_runs_on_the_card_small_and_beside_trl():
+    sizes = "--layers 1 --hidden 128 --steps 2 --prompt-tokens 6 --new-tokens 4"
+    printed = on_the_card("benchmarks.memory_7b", *sizes.split(), "--cap", 12, "--trl")
+    assert printed.count("  ok  ") == 12 and printed.count("seconds a step, TRL") == 2 and "capped at 12 GB" in printed
 
 
 @pytest.mark.slow
