@@ -1,4 +1,5 @@
-"""How notebooks run as tests: fewer PPO steps (RLHF_FAST=1), and a notebook stops at its first crash."""
+"""How tests run: on the CPU, whose numbers they know, and on a CUDA card just those that are asked for with `-m cuda`.
+Notebooks make fewer PPO steps (RLHF_FAST=1), and stop at their first crash."""
 
 import os
 
@@ -9,6 +10,8 @@ def pytest_configure(config):
     sanitize = getattr(config.option, "nbval_sanitize_with", None)
     if sanitize:  # nbval looks from the working directory
         config.option.nbval_sanitize_with = str(config.rootpath / sanitize)
+    if config.option.markexpr != "cuda":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when torch first looks for a card, which is later
     os.environ.setdefault("RLHF_FAST", "1")  # kernels inherit it
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

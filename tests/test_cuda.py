@@ -29,7 +29,7 @@ SETTINGS = dict(
 
 def cuda(test):
     """Marks a test that needs a card."""
-    return pytest.mark.cuda(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card here")(test))
+    return pytest.mark.cuda(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card; with one: pytest -m cuda")(test))
 
 
 def make_trainer(folder, checkpointing=False, dtype=None):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from rlhf_helpers.data import save_jsonl
 from rlhf_helpers.reward import ensure_reward_model
 from tests.pretend_cuda import PretendedCard
 
@@ -109,7 +110,8 @@ def test_the_tests_for_a_card_pass_on_a_pretended_one(kind):
 @pytest.mark.slow
 def test_the_script_runs_on_the_card(tmp_path):
     ensure_reward_model()
-    printed = on_the_card("rlhf_helpers", "--steps", 2, "--output", tmp_path / "run")
+    save_jsonl(tmp_path / "heldout.jsonl", [{"prompt": "Tell me about tea."}, {"prompt": "Name a colour."}])
+    printed = on_the_card("rlhf_helpers", "--steps", 2, "--heldout", tmp_path / "heldout.jsonl", "--output", tmp_path / "run")
     assert "step   2/2" in printed and (tmp_path / "run" / "checkpoint" / "adapter_model.safetensors").is_file()
 
 

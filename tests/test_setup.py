@@ -1,5 +1,6 @@
 """Set-up: one list of dependencies, pins that repeat it, and an environment file that points to both."""
 
+import os
 import re
 import subprocess
 import sys
@@ -94,3 +95,11 @@ def test_every_test_that_the_table_of_requirements_names_exists():
         if not re.search(rf"^def {test}\(", source, re.MULTILINE):
             missing.append(f"{file}::{test}")
     assert missing == [] and table.count("::") == len(re.findall(r"`test_\w+\.py::test_\w+`", table))
+
+
+@pytest.mark.parametrize("asked, seen", [([], ""), (["-m", "cuda"], "0")], ids=["make test", "-m cuda"])
+def test_a_card_is_hidden_from_all_tests_but_those_for_a_card(asked, seen):
+    """Their numbers are the CPU's, also where there is a card."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests/test_config.py", *asked, "-p", "tests.tell_cards"]
+    ran = subprocess.run(command, cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": "0"}, capture_output=True, text=True)
+    assert f"cards to be seen: {seen!r}" in ran.stdout, ran.stdout + ran.stderr
