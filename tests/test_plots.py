@@ -4,9 +4,11 @@ import io
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.image import imread
 
 from rlhf_helpers import plots
+from rlhf_helpers.stats import as_array
 from tests import tiny
 from tests.tiny import batch, with_lora
 
@@ -139,3 +141,9 @@ def test_a_figure_is_a_small_png_on_a_white_ground(trainer, tmp_path):
     content = (tmp_path / "curves.png").read_bytes()
     assert content.startswith(b"\x89PNG") and len(content) < 100_000
     assert np.allclose(pixels(figure)[0, 0, :3], 1)
+
+
+def test_numbers_are_taken_from_lists_arrays_and_tensors_with_gradients():
+    half = torch.tensor([0.5, 2.0], dtype=torch.bfloat16, requires_grad=True)
+    for values in (half, half.tolist(), np.array([0.5, 2.0])):
+        assert as_array(values).dtype == float and as_array(values).tolist() == [0.5, 2.0]
