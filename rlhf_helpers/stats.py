@@ -13,7 +13,7 @@ ARRAYS = ("policy/advantages", "policy/ratio")
 
 def as_array(values):
     """A float array of a list, an array, or a tensor on whatever device, with a gradient or without."""
-    return np.asarray(values.detach().double().cpu() if isinstance(values, torch.Tensor) else values, dtype=float)
+    return np.asarray(values.detach().cpu().double() if isinstance(values, torch.Tensor) else values, dtype=float)
 
 
 def minibatch_stats(losses, clipped, entropy, logprobs, values, advantages, returns, mask, vf_coef, total=ppo.alone):
