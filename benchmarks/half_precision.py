@@ -27,17 +27,22 @@ SCORES = [0.5, -1.0, 1.2, -0.3, 0.8, -0.9, 0.1, -0.4]
 SHARE = 1 / 2  # of the update: the profile's batch is two such minibatches
 
 
+def as_after_some_training(policy, deviation):
+    """Fill the adapters' B and the value head, which begin at zero, so that every trained tensor gets a gradient."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name or "summary.weight" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * deviation)
+
+
 def make_trainer(dtype, wide):
-    """A trainer whose adapters and value head are as after some training, so that all of them get a gradient."""
+    """A trainer on SmolLM2, or on the wide model, with arithmetic in `dtype`."""
     device = models.device_and_dtype()[0]
     with mock.patch.object(models, "device_and_dtype", lambda: (device, dtype)):
         torch.manual_seed(0)
         options = memory_7b.parse(["--device", device.type, "--layers", "2", "--hidden", "2048"])
         policy, tokenizer = memory_7b.make_policy(options) if wide else models.load_policy(CPU)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in policy.named_parameters():
-        if "lora_B" in name or "summary.weight" in name:
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.01)
+    as_after_some_training(policy, 0.01)
     config = CPU.ppo_config(batch_size=8, mini_batch_size=8, gradient_accumulation_steps=1)
     return PPOTrainer(config, policy, None, tokenizer)
 

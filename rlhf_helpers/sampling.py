@@ -70,7 +70,7 @@ def can_merge(lm):
 
 
 class MergedCopy:
-    """A plain copy, in bf16 like the policy's embeddings, of a 4-bit policy with its adapters merged in: to sample on a CPU.
+    """A plain copy of a 4-bit policy, its adapters merged in, in the dtype of its embeddings (bf16): for sampling on a CPU.
 
     Decoding through 4-bit layers spends most of its time unpacking them, once per token; the copy unpacks them once per
     step. Embeddings and norms are shared with the policy. It decides how fast samples come, never what is learnt: log-probs

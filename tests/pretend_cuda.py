@@ -10,6 +10,7 @@ A tensor pretends if its storage is listed in `on_card`. What an operation makes
 the CPU are not. Only what the course and its libraries use is imitated."""
 
 import functools
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -226,8 +227,6 @@ class PretendedCard:
 
 def run_notebook(path):
     """Run a notebook's cells in its folder; the number of those that failed and should not have."""
-    import os
-
     import nbformat
     from IPython.core.interactiveshell import InteractiveShell
 

@@ -1,38 +1,20 @@
 """The course computes in fp16 on cards without native bf16: the same code, tried in fp16 on the CPU."""
 
-from unittest import mock
-
 import pytest
 import torch
 
 from benchmarks import half_precision
-from rlhf_helpers import models
-from rlhf_helpers.config import PPOConfig, Profile
-from rlhf_helpers.trainer import PPOTrainer
 from tests import tiny
-
-BATCH = tiny.batch(8)
-
-
-def make_trainer(folder, dtype, b_scale=0.0):
-    """A trainer on the tiny NF4 Llama of `folder`, as `load_policy` gives it where the compute dtype is `dtype`."""
-    with mock.patch.object(models, "device_and_dtype", lambda: (torch.device("cpu"), dtype)):
-        policy, tokenizer = models.load_policy(Profile(name="tiny", model=str(folder), lora_r=4))
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in policy.named_parameters():
-        if "lora_B" in name or "summary.weight" in name:
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * b_scale)
-    config = PPOConfig(batch_size=8, mini_batch_size=8, ppo_epochs=1, max_new_tokens=8, learning_rate=1e-2)
-    return PPOTrainer(config, policy, None, tokenizer)
+from tests.test_cuda import make_trainer
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_a_step_in_each_dtype_starts_at_ratio_1_and_kl_0_and_moves_every_adapter(dtype, llama_folder):
-    trainer = make_trainer(llama_folder, dtype)
+    trainer = make_trainer(llama_folder, dtype=dtype)
     logits, values = trainer.model(torch.tensor([[4, 5, 6]]), torch.ones(1, 3, dtype=torch.long), 1)
-    assert logits.dtype == dtype and values.dtype == torch.float32
+    assert logits.dtype == getattr(torch, dtype) and values.dtype == torch.float32
     for step in range(2):
-        queries, _, scores = tiny.batch(8, seed=step)
+        queries, _, scores = tiny.batch(seed=step)
         stats = trainer.step(queries, trainer.generate(queries), scores)
         assert stats["ppo/policy/first_ratio_error"] == 0 and stats["ppo/skipped_updates"] == 0
         if step == 0:
@@ -41,9 +23,14 @@ def test_a_step_in_each_dtype_starts_at_ratio_1_and_kl_0_and_moves_every_adapter
 
 
 def test_fp16_gradients_are_nearer_to_fp32_than_those_of_bf16_without_loss_scaling(llama_folder):
-    queries, responses, _ = BATCH
-    find = lambda dtype: half_precision.gradients(make_trainer(llama_folder, dtype, b_scale=0.1), queries, responses)
-    exact, in_bf16, in_fp16 = map(find, (torch.float32, torch.bfloat16, torch.float16))
+    queries, responses, _ = tiny.batch(8)
+
+    def find(dtype):
+        trainer = make_trainer(llama_folder, dtype=dtype)
+        half_precision.as_after_some_training(trainer.model, 0.1)
+        return half_precision.gradients(trainer, queries, responses)
+
+    exact, in_bf16, in_fp16 = map(find, ("float32", "bfloat16", "float16"))
     assert len(exact) == 10 and all(gradient.any() for gradient in exact.values())
     error, _, _, _, finite = half_precision.compare(in_fp16, exact)
     assert finite and error < 0.02 and error < half_precision.compare(in_bf16, exact)[0] / 2
