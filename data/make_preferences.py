@@ -2,7 +2,7 @@
 
 For every prompt of prompts_train.jsonl (and, into pairwise_prefs_heldout.jsonl, of prompts_heldout.jsonl) the default model
 in NF4, without adapters, writes twelve responses at temperature 0.7. They are paired at random, each used once at most, and
-the annotator of rlhf_helpers/gold.py says which one it prefers. Responses that it finds about equal (gold less than 1 apart)
+the annotator of rlhf_helpers/course/gold.py says which one it prefers. Responses that it finds about equal (gold less than 1 apart)
 are not paired. On training prompts its judgement is noisy (Bradley-Terry); the held-out pairs are labelled by the rule
 itself, to measure by."""
 
@@ -17,7 +17,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from rlhf_helpers.config import CPU
 from rlhf_helpers.data import load_prompts, save_jsonl
-from rlhf_helpers.gold import gold_reward, prefers_first
+from rlhf_helpers.course.gold import gold_reward, prefers_first
 from rlhf_helpers.models import encode_prompt, load_policy
 from rlhf_helpers.sampling import MergedCopy, sample
 

@@ -72,7 +72,7 @@ def main(arguments=None):
     options = parser().parse_args(arguments)
     try:
         if options.check:
-            from rlhf_helpers.check import check
+            from rlhf_helpers.machine import check
 
             return check()
         return run(options)
@@ -160,7 +160,7 @@ def run(options):
     samples = [{**a, "before": b["response"], "reward_before": b["reward"], "gold_before": b["gold"]}
                for a, b in zip(after.records(), before.records())]  # fmt: skip
     save_jsonl(output / "samples.jsonl", samples)
-    from rlhf_helpers.plots import save_figure, training_curves
+    from rlhf_helpers.course.plots import save_figure, training_curves
 
     save_figure(training_curves(trainer.history), output / "curves.png")
     summary = summarize(before, after, reward_std=before.rewards.std(ddof=1), seconds=time.perf_counter() - started)
@@ -205,7 +205,7 @@ class Progress:
 def summarize(before, after, reward_std, seconds):
     """What summary.json says of two Evaluations."""
     from rlhf_helpers.evaluation import paired_gain
-    from rlhf_helpers.memory import peak_megabytes
+    from rlhf_helpers.machine import peak_megabytes
 
     _, reward_interval = paired_gain(before.prompts, before.rewards, after.rewards)
     _, gold_interval = paired_gain(before.prompts, before.gold, after.gold)

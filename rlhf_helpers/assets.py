@@ -89,9 +89,10 @@ def dequantize_gguf(source, made, say):
     """Turn the GGUF file in `source` into a plain bf16 checkpoint (safetensors) with its tokenizer in `made`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    from rlhf_helpers.quirks import quiet_gguf
+
+    quiet_gguf()
     say("smollm2-135m-instruct: turning the GGUF Q4_1 weights into bf16 safetensors (once, about 20 seconds)")
     model = AutoModelForCausalLM.from_pretrained(
         source, gguf_file=GGUF, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16

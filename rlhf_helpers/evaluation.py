@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 
-from rlhf_helpers.gold import distinct2, gold_reward
+from rlhf_helpers.course.gold import distinct2, gold_reward
 
 
 @dataclass

@@ -4,10 +4,6 @@ Weights, adapters and the cache are counted and exact. Activations and logits ar
 family, in bf16 with torch's own attention (`sdpa`); tests compare both with what a real model holds. On top come CUDA itself,
 about half a gigabyte, and what its allocator leaves unused."""
 
-import resource
-import sys
-from pathlib import Path
-
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
@@ -81,11 +77,3 @@ def peak(parts):
     always = sum(size for name, size in parts.items() if name not in WHILE_SAMPLING + WHILE_UPDATING)
     return always + max(sum(parts[name] for name in phase) for phase in (WHILE_SAMPLING, WHILE_UPDATING))
 
-
-def peak_megabytes():
-    """The most RAM that this process has held, in MB. A child's ru_maxrss begins at what its parent held, so on Linux the
-    kernel is asked for this process alone."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        return int(status.read_text(encoding="utf-8").split("VmHWM:")[1].split()[0]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

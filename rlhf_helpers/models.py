@@ -3,12 +3,9 @@
 The reference of the KL penalty is the same model with its adapters switched off: no second copy exists."""
 
 import contextlib
-import ctypes
 from pathlib import Path
 
-import bitsandbytes as bnb
 import torch
-from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpack_for_cpu
 from jinja2 import TemplateError
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -17,27 +14,14 @@ from transformers.utils import logging as transformers_logging
 
 from rlhf_helpers.assets import ASSETS, ensure_model
 from rlhf_helpers.data import turns
+from rlhf_helpers.errors import InputError
+from rlhf_helpers.machine import device_and_dtype
+from rlhf_helpers.quirks import is_4bit_layer, keep_gradients, unmap
 
 transformers_logging.disable_progress_bar()  # "Loading weights: 100%" on stderr, once per load
 
 
-# ---------------------------------------------------------------- device, tokenizer, 4-bit model
-
-
-def device_and_dtype():
-    """(device, compute dtype) for this machine: bf16, except on CUDA cards without native bf16 (compute capability below
-    8.0, where torch only emulates it), which get fp16."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu"), torch.bfloat16
-    native_bf16 = torch.cuda.get_device_capability()[0] >= 8
-    return torch.device("cuda", torch.cuda.current_device()), torch.bfloat16 if native_bf16 else torch.float16
-
-
-def give_back_large_blocks():
-    """Ask glibc to hand freed blocks of 4 MB or more back to the system at once. By itself it keeps them (of up to 32 MB) for
-    later, and the pieces fit less and less: without this a step's peak is 200 to 400 MB higher (mallopt(3), M_MMAP_THRESHOLD)."""
-    with contextlib.suppress(OSError, AttributeError):  # another system, another allocator
-        ctypes.CDLL("libc.so.6").mallopt(-3, 4 * 2**20)
+# ---------------------------------------------------------------- tokenizer, 4-bit model
 
 
 def resolve(model):
@@ -49,7 +33,7 @@ def resolve(model):
         return str(model)
     if str(model).count("/") == 1 and not Path(model).exists() and not str(model).startswith((".", "/")):
         return str(model)
-    raise ValueError(f"unknown model {str(model)!r}; expected one of {', '.join(ASSETS)}, a folder with config.json, or org/model")
+    raise InputError(f"unknown model {str(model)!r}; expected one of {', '.join(ASSETS)}, a folder with config.json, or org/model")
 
 
 def quantization_config(compute_dtype=torch.bfloat16):
@@ -72,6 +56,14 @@ def load_tokenizer(model):
     return tokenizer
 
 
+def eos_ids(lm, tokenizer):
+    """The token ids that end a response: the tokenizer's EOS, and those of the model's generation_config. (Gemma and Phi end a
+    turn with another token than EOS.)"""
+    named = getattr(getattr(lm, "generation_config", None), "eos_token_id", None)
+    named = [] if named is None else named if isinstance(named, (list, tuple)) else [named]
+    return tuple(dict.fromkeys(i for i in [tokenizer.eos_token_id, *named] if i is not None))
+
+
 def encode_prompt(tokenizer, prompt):
     """The query: token ids of the prompt as the model was trained to read it, in its chat template and ready for its answer
     (or as plain text, where the tokenizer has no template). A transcript's turns become the template's. A 1-D LongTensor."""
@@ -88,9 +80,16 @@ def encode_prompt(tokenizer, prompt):
     return tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
 
 
-def load_causal_lm(model, quantize=True):
-    """The frozen base model in 4-bit NF4 (or in the compute dtype, with `quantize=False`), in eval mode."""
-    device, dtype = device_and_dtype()
+def load_causal_lm(model, quantize=True, dtype=None):
+    """The frozen base model in 4-bit NF4 (or in the compute dtype, with `quantize=False`), in eval mode. `dtype` is that of
+    the computation, by default the machine's."""
+    device, native = device_and_dtype()
+    dtype = dtype or native
+    if (Path(model) / "adapter_config.json").is_file() and not (Path(model) / "config.json").is_file():
+        raise InputError(
+            f"{model}: a folder of adapters, which new ones would silently replace; expected the model under them (to go on from "
+            "adapters: PolicyWithValueHead(PeftModel.from_pretrained(base, folder, is_trainable=True)))"
+        )
     lm = AutoModelForCausalLM.from_pretrained(
         resolve(model),
         dtype=dtype,
@@ -99,35 +98,24 @@ def load_causal_lm(model, quantize=True):
         attn_implementation="eager" if device.type == "cpu" else "sdpa",  # measured: eager trains faster on two cores
     )
     keep_gradients(lm)
-    if device.type == "cpu" and quantize:  # else one embedding would keep the whole bf16 file mapped into memory
-        for parameter in lm.parameters():
-            if not isinstance(parameter, bnb.nn.Params4bit):
-                parameter.data = parameter.data.clone()
+    if device.type == "cpu" and quantize:
+        unmap(lm)
     return lm.requires_grad_(False).eval()
-
-
-def keep_gradients(module):
-    """Keep bitsandbytes from breaking training on CPUs with AVX512-BF16, and mend it where it has.
-
-    There, the first forward in eval mode without gradients repacks every 4-bit layer in place for a kernel that has no
-    backward. LoRA then gets no gradient, or a wrong one, with no error. So the packing is switched off, and what is packed
-    already is unpacked."""
-    for layer in module.modules():
-        if isinstance(layer, bnb.nn.Linear4bit):
-            layer.support_avx512bf16_for_cpu = False
-            if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
-                layer.weight.data, layer.weight.quant_state = unpack_for_cpu(layer.weight.data, layer.weight.quant_state)
 
 
 def is_4bit(module):
     """Whether a model has 4-bit layers."""
-    return any(isinstance(layer, bnb.nn.Linear4bit) for layer in module.modules())
+    return any(map(is_4bit_layer, module.modules()))
 
 
-def load_policy(profile, seed=0, quantize=True):
+def load_policy(profile, seed=0, quantize=True, dtype=None):
     """(policy, tokenizer) of a profile: 4-bit base, new LoRA adapters (fp32, B zero, so KL starts at 0), value head."""
     tokenizer = load_tokenizer(profile.model)
-    lm = load_causal_lm(profile.model, quantize)
+    return with_adapters(load_causal_lm(profile.model, quantize, dtype), profile, seed), tokenizer
+
+
+def with_adapters(lm, profile, seed=0):
+    """The PolicyWithValueHead of a frozen base model under new LoRA adapters, as the profile says."""
     torch.manual_seed(seed)  # LoRA's A matrices are random
     layers = {name.rpartition(".")[2] for name, _ in lm.named_modules()}
     lora = LoraConfig(
@@ -140,7 +128,7 @@ def load_policy(profile, seed=0, quantize=True):
     policy = PolicyWithValueHead(get_peft_model(lm, lora))
     if profile.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
-    return policy, tokenizer
+    return policy
 
 
 # ---------------------------------------------------------------- the forward pass
@@ -161,6 +149,18 @@ def response_logits(lm, input_ids, attention_mask, response_length):
         logits_to_keep=predicting,
         use_cache=False,
     ).logits
+
+
+@contextlib.contextmanager
+def last_hidden(lm):
+    """Gives a list to which every forward pass inside adds its last hidden states: what enters the language-model head, at just
+    the positions that are asked for."""
+    caught = []
+    hook = lm.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+    try:
+        yield caught
+    finally:
+        hook.remove()
 
 
 class ValueHead(nn.Module):
@@ -187,13 +187,7 @@ class PolicyWithValueHead(nn.Module):
         keep_gradients(causal_lm)
         self.pretrained_model = causal_lm
         self.v_head = ValueHead(causal_lm.config.get_text_config().hidden_size)
-        head = causal_lm.get_output_embeddings()
-        self.v_head.to(head.weight.device)
-        # What enters the language-model head is the last hidden state, at just the positions that are asked for.
-        head.register_forward_pre_hook(self._catch_hidden)
-
-    def _catch_hidden(self, head, inputs):
-        self._hidden = inputs[0]
+        self.v_head.to(causal_lm.get_output_embeddings().weight.device)
 
     @property
     def config(self):
@@ -205,9 +199,9 @@ class PolicyWithValueHead(nn.Module):
 
     def forward(self, input_ids, attention_mask, response_length):
         """(logits (B, T, V) in the model's dtype, values (B, T) in fp32) that belong to the T response tokens."""
-        logits = response_logits(self.pretrained_model, input_ids, attention_mask, response_length)
-        hidden, self._hidden = self._hidden, None
-        return logits, self.v_head(hidden)
+        with last_hidden(self.pretrained_model) as hidden:
+            logits = response_logits(self.pretrained_model, input_ids, attention_mask, response_length)
+        return logits, self.v_head(hidden[-1])
 
     def adapters_off(self):
         """A context in which the model is its own reference. The adapters come back after an exception, too."""
@@ -224,13 +218,19 @@ class PolicyWithValueHead(nn.Module):
     def without_dropout(self, checkpointing=False):
         """Eval mode inside, the former mode of every module after. PPO compares log-probs of several passes, so none of them
         may have dropout. transformers checkpoints layers in train mode only: with `checkpointing`, just their own flag is set."""
-        before = {module: module.training for module in self.modules()}
+        before, rates = {module: module.training for module in self.modules()}, []
         self.eval()
         if checkpointing:
             for module in self.modules():
                 module.training = bool(getattr(module, "gradient_checkpointing", False))
+                if module.training:  # OPT's layers have dropout that is no module, at a rate of their own
+                    rates += [(module, name, rate) for name, rate in vars(module).items() if "dropout" in name and isinstance(rate, float)]
         try:
+            for module, name, _ in rates:
+                setattr(module, name, 0.0)
             yield
         finally:
+            for module, name, rate in rates:
+                setattr(module, name, rate)
             for module, training in before.items():
                 module.training = training

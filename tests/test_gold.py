@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from rlhf_helpers.gold import WARM, distinct2, gold_reward, names_subject, prefers_first, repeated_share, warm_words
+from rlhf_helpers.course.gold import WARM, distinct2, gold_reward, names_subject, prefers_first, repeated_share, warm_words
 
 
 def test_warm_words_are_counted_once_each():

@@ -9,7 +9,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from rlhf_helpers import checks
+from rlhf_helpers.course import exercises
 from rlhf_helpers.config import REPOSITORY
 from tools import readme_pictures
 
@@ -157,7 +157,7 @@ def test_there_are_5_to_10_words_of_prose_for_each_line_of_code(notebook):
 
 def exercises(notebook):
     """[(number, cell)] of the code cells that check an exercise."""
-    return [(i, cell) for i, cell in cells(notebook, "code") if re.search(r"\bchecks\.check_\w+\(", cell["source"])]
+    return [(i, cell) for i, cell in cells(notebook, "code") if re.search(r"\bexercises\.check_\w+\(", cell["source"])]
 
 
 @each_notebook
@@ -166,8 +166,8 @@ def test_there_are_2_to_4_exercises_with_a_folded_solution_after_each(notebook):
     assert 2 <= len(found) <= 4
     after = dict(cells(notebook))
     for i, cell in found:
-        (name,) = re.findall(r"\bchecks\.(check_\w+)\(", cell["source"])
-        assert callable(getattr(checks, name)), name
+        (name,) = re.findall(r"\bexercises\.(check_\w+)\(", cell["source"])
+        assert callable(getattr(exercises, name)), name
         assert after[i + 1]["source"].startswith("<details><summary>Solution</summary>"), f"cell {i}"
     headings = re.findall(r"^### Exercise (\d)", markdown(notebook), re.MULTILINE)
     assert headings == [str(n) for n in range(1, len(found) + 1)]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from rlhf_helpers import plots
+from rlhf_helpers.course import plots
 from rlhf_helpers.stats import as_array
 from tests import tiny
 from tests.tiny import batch, with_lora

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_helpers import assets, check, models
+from rlhf_helpers import assets, machine, models
 from rlhf_helpers.__main__ import main, parser
 from rlhf_helpers.assets import Asset
 from rlhf_helpers.config import PPO_FIELDS
@@ -228,7 +228,7 @@ def test_the_check_reports_every_point_and_fails_if_one_does(home, monkeypatch, 
     assert exit_status(["--check"]) in (0, 1)
     lines = capsys.readouterr().out.splitlines()
     assert len([line for line in lines if line[:3] in ("ok ", "NO ")]) == 7
-    monkeypatch.setattr(check, "memory", lambda: (False, "memory: none"))
+    monkeypatch.setattr(machine, "memory", lambda: (False, "memory: none"))
     said = []
     assert check.check(said.append) == 1
     assert "NO  memory: none" in said and "Mend" in said[-1]

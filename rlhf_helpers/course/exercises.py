@@ -3,7 +3,7 @@
 import math
 
 from rlhf_helpers.config import CPU
-from rlhf_helpers.grading import function, not_a_config, number, same, say
+from rlhf_helpers.course.grading import function, not_a_config, number, same, say
 
 # ---------------------------------------------------------------- 01 quantized model loading
 

@@ -1,12 +1,41 @@
-"""`python -m rlhf_helpers --check`: what will work on this machine, in one screen."""
+"""This machine: which device computes in which dtype, how much memory a process took, and `python -m rlhf_helpers --check`."""
 
 import importlib.metadata
 import os
 import platform
 import shutil
 import sys
+from pathlib import Path
 
 from rlhf_helpers.config import project_root
+
+
+def device_and_dtype():
+    """(device, compute dtype) for this machine: bf16, except on CUDA cards without native bf16 (compute capability below
+    8.0, where torch only emulates it), which get fp16. Of several processes each has the card of its LOCAL_RANK."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.device("cpu"), torch.bfloat16
+    card = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())) % torch.cuda.device_count()
+    native_bf16 = torch.cuda.get_device_capability(card)[0] >= 8
+    return torch.device("cuda", card), torch.bfloat16 if native_bf16 else torch.float16
+
+
+def peak_megabytes():
+    """The most RAM that this process has held, in MB; nan where the system does not say. A child's ru_maxrss begins at what its
+    parent held, so on Linux the kernel is asked for this process alone."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return int(status.read_text(encoding="utf-8").split("VmHWM:")[1].split()[0]) / 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+# ---------------------------------------------------------------- --check
 
 
 def check(say=print):
@@ -20,7 +49,7 @@ def check(say=print):
 
 
 def python():
-    return (3, 11) <= sys.version_info[:2] <= (3, 13), f"Python {platform.python_version()} (3.11 to 3.13 are tested), {platform.system()} {platform.machine()}"
+    return (3, 11) <= sys.version_info[:2] <= (3, 13), f"Python {platform.python_version()} (3.11 is tested, 3.12 and 3.13 should work), {platform.system()} {platform.machine()}"
 
 
 def packages():
@@ -51,7 +80,7 @@ def four_bit():
     import bitsandbytes as bnb
     import torch
 
-    from rlhf_helpers.models import device_and_dtype, keep_gradients
+    from rlhf_helpers.quirks import keep_gradients
 
     device, dtype = device_and_dtype()
     layer = bnb.nn.Linear4bit(64, 64, bias=False, compute_dtype=dtype, quant_type="nf4").to(device)

@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 import torch
 
-from rlhf_helpers import checks, ppo
+from rlhf_helpers import ppo
+from rlhf_helpers.course import exercises
 from rlhf_helpers.config import CPU, PPOConfig
 from tests import test_notebooks as pages
 
@@ -111,7 +112,7 @@ WRONG = {
     ],
 }  # fmt: skip
 
-CHECKS = {name: check for name, check in inspect.getmembers(checks, inspect.isfunction) if name.startswith("check_")}
+CHECKS = {name: check for name, check in inspect.getmembers(exercises, inspect.isfunction) if name.startswith("check_")}
 
 
 def found_exercises():
@@ -123,7 +124,7 @@ def found_exercises():
         for i, cell in pages.exercises(notebook):
             start = max(j for j in range(i) if "### Exercise" in cells[j]["source"])
             unsolved = "\n".join(cells[j]["source"] for j in range(start, i + 1) if cells[j]["cell_type"] == "code")
-            check, variable = re.search(r"checks\.(check_\w+)\((\w+)\)", cell["source"]).groups()
+            check, variable = re.search(r"exercises\.(check_\w+)\((\w+)\)", cell["source"]).groups()
             folded = re.match(r"<details>(.*?)</details>", cells[i + 1]["source"], re.DOTALL)[1]
             solutions = re.findall(r"```python\n(.*?)```", folded, re.DOTALL)
             solutions = solutions or [f"{variable} = {re.search('`([^`]+)`', folded)[1]}"]
@@ -146,7 +147,7 @@ def gae(rewards, values, gamma, decay):
 
 def run(code):
     """The names that a cell leaves behind."""
-    names = dict(torch=torch, math=math, mean=mean, checks=checks, CPU=CPU, PPOConfig=PPOConfig, gae=gae)
+    names = dict(torch=torch, math=math, mean=mean, exercises=exercises, CPU=CPU, PPOConfig=PPOConfig, gae=gae)
     exec(code, names)
     return names
 
@@ -233,7 +234,7 @@ def test_an_answer_may_change_its_arguments(capsys):
 
 
 def test_of_two_hints_the_nearer_one_is_given(capsys):
-    checks.number(1.02, 2.0, hints=[(1.0, "far"), (1.021, "near")], within=0.05)
+    exercises.number(1.02, 2.0, hints=[(1.0, "far"), (1.021, "near")], within=0.05)
     assert capsys.readouterr().out == "✗ near\n"
 
 
