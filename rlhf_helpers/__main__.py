@@ -3,35 +3,43 @@
 import argparse
 import dataclasses
 import json
+import signal
 import sys
 import time
 import types
 import typing
 from pathlib import Path
 
-from rlhf_helpers.config import PPO_FIELDS, PROFILES, project_root, profile_named
+from rlhf_helpers.config import PPO_FIELDS, PROFILES, profile_named, project_root
 from rlhf_helpers.data import load_prompts, save_jsonl
+from rlhf_helpers.errors import InputError
+from rlhf_helpers.interrupts import Interrupted, finishing, terminable
 
 EPILOG = """\
 The run writes into --output: summary.json (held-out reward and gold before and after, KL, seconds), history.jsonl (the stats of
 every step), samples.jsonl (the same held-out prompts before and after), curves.png, and checkpoint/ (the adapters, which plain
-PEFT loads, with everything needed to --resume).
+PEFT loads, with everything needed to go on), saved every --save_every steps.
+
+Nothing is lost: Ctrl-C finishes the step and saves, and the same command goes on where it was, to the last bit, after a kill or
+a power cut too. Other settings in the same folder are refused, except --steps, --kl_budget, --log_with. --fresh begins anew.
+The exit status is 0, 2 after bad input or a full disk, 130 after Ctrl-C, 143 after SIGTERM, 1 after a fault of the program.
 
 examples:
   python -m rlhf_helpers                                   the course's run on two CPU cores, about 7 minutes
   python -m rlhf_helpers --check                           what will work on this machine
   python -m rlhf_helpers --steps 5 --output output/try     a short try
-  python -m rlhf_helpers --init_kl_coef 0 --kl_budget inf --steps 80   no KL penalty, no budget: watch the gold
+  python -m rlhf_helpers --init_kl_coef 0 --kl_budget none --steps 80 --output output/free   neither penalty nor budget
   python -m rlhf_helpers --profile gpu --model org/model   another model on a GPU
   accelerate launch --num_processes 2 -m rlhf_helpers      the same on two GPUs (also on two CPU cores: add --multi_gpu)
 """
 
 
-OURS = ("value_learning_rate", "temperature", "max_new_tokens", "missing_eos_penalty", "kl_budget")  # the fields that TRL 0.11 did not have
+# The fields that TRL 0.11 did not have.
+OURS = ("value_learning_rate", "temperature", "max_new_tokens", "missing_eos_penalty", "kl_budget")
 
 
 def parser():
-    """The command line: the run's own options, then one for every field of PPOConfig."""
+    """The command line: the run's own options, then one for every field of PPOConfig (left out of the result if not given)."""
     top = argparse.ArgumentParser(
         prog="python -m rlhf_helpers",
         description="Fine-tune a 4-bit language model with PPO against a reward model, and measure what it brought.",
@@ -47,14 +55,17 @@ def parser():
     top.add_argument("--reward-model", metavar="FOLDER", help="a sequence classifier (default: output/reward_model_pairwise)")
     top.add_argument("--steps", type=int, help="PPO steps (default: the profile's)")
     top.add_argument("--output", metavar="FOLDER", default="output/run", help="where the results go (default: output/run)")
-    top.add_argument("--resume", metavar="FOLDER", help="go on from a checkpoint until --steps are done")
+    top.add_argument("--save_every", "--save-every", type=int, default=5, metavar="N", help="save every N steps (default: 5)")
+    top.add_argument("--fresh", action="store_true", help="begin anew in --output instead of going on there")
+    top.add_argument("--resume", metavar="FOLDER", help="begin with the checkpoint of another run")
     fields = top.add_argument_group("PPOConfig", "where not given, the profile's value, else the default of TRL 0.11")
     for field in PPO_FIELDS:
-        kinds = [kind for kind in typing.get_args(field.type) or [field.type] if kind is not types.NoneType]
+        kinds = typing.get_args(field.type) or [field.type]
         fields.add_argument(
             *dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"]),
             dest=field.name,
-            type=boolean if kinds[0] is bool else kinds[0],
+            default=argparse.SUPPRESS,
+            type=optional(kinds[0]) if types.NoneType in kinds else boolean if kinds[0] is bool else kinds[0],
             metavar=kinds[0].__name__.upper(),
             help=f"{field.metadata['help']} (TRL: {field.default})" if field.name not in OURS else field.metadata["help"],
         )
@@ -67,180 +78,277 @@ def boolean(text):
     return text.lower() == "true"
 
 
+def optional(kind):
+    """The type of an option that may be "none"."""
+
+    def parse(text):
+        try:
+            return None if text.lower() == "none" else kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r}; expected a number or none") from None
+
+    return parse
+
+
 def main(arguments=None):
-    """Run the command line. Returns the exit status: 0, or 2 after one sentence on what is wrong with the input."""
+    """Run the command line. Returns the exit status: 0; 2 after one sentence on what is wrong with the input or the disk; 130
+    after Ctrl-C, 143 after SIGTERM. Anything else that is raised is a fault of the program."""
     options = parser().parse_args(arguments)
     try:
-        if options.check:
-            from rlhf_helpers.machine import check
+        with terminable():
+            if options.check:
+                from rlhf_helpers.machine import check
 
-            return check()
-        return run(options)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+                return check()
+            return run(options)
+    except (InputError, OSError) as error:
+        print(f"error: {(str(error) or repr(error)).splitlines()[0]}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as error:
+        print("stopped; what was saved stays", file=sys.stderr)
+        return 128 + getattr(error, "signum", signal.SIGINT)
+
+
+@dataclasses.dataclass
+class Job:
+    """A command whose input was read and checked."""
+
+    profile: object
+    config: object
+    prompts: list
+    heldout: list
+    steps: int
+    save_every: int
+    output: Path
+    fresh: bool
+    resume: str | None
+    reward_folder: object
+    started: float
+    settings: dict | None = None
+    seconds_before: float = 0.0  # of the earlier starts of this run
+
+
+def checked(options):
+    """The Job of these options. Nothing is made or written; torch is not needed."""
+    started, root, profile = time.perf_counter(), project_root(), profile_named(options.profile)
+    if options.model:
+        profile = dataclasses.replace(profile, model=options.model)
+    config = profile.ppo_config(**{field.name: getattr(options, field.name) for field in PPO_FIELDS if field.name in options})
+    steps = profile.steps if options.steps is None else options.steps
+    for name, number in (("--steps", steps), ("--save_every", options.save_every)):
+        if number < 1:
+            raise InputError(f"{name} is {number}; expected a whole number from 1")
+    prompts_file, heldout_file = options.prompts or root / profile.prompts, options.heldout or root / profile.heldout_prompts
+    prompts, heldout = load_prompts(prompts_file), load_prompts(heldout_file)
+    prompts = [prompt for prompt in prompts if prompt not in set(heldout)]
+    if not prompts:
+        raise InputError(f"{prompts_file}: every prompt is held out in {heldout_file}; expected others to train on")
+    output = Path(options.output)
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {output}: is a file; expected a folder")
+    if options.resume and not any(Path(options.resume + ending, "trainer.json").is_file() for ending in ("", ".old")):
+        raise InputError(f"--resume {options.resume}: no checkpoint here; expected a folder made by an earlier run")
+    reward_folder = options.reward_model or root / profile.reward_model
+    how = (options.save_every, output, options.fresh, options.resume, reward_folder, started)
+    return Job(profile, config, prompts, heldout, steps, *how)
 
 
 def run(options):
     """The whole job. Input is read and checked before anything is made or written."""
-    started = time.perf_counter()
-    root = project_root()
-    profile = profile_named(options.profile)
-    if options.model:
-        profile = dataclasses.replace(profile, model=options.model)
-    config = profile.ppo_config(**{field.name: getattr(options, field.name) for field in PPO_FIELDS})
-    steps = profile.steps if options.steps is None else options.steps
-    if steps < 1:
-        raise ValueError(f"--steps is {steps}; expected a whole number from 1")
-    prompts = load_prompts(options.prompts or root / profile.prompts)
-    heldout = load_prompts(options.heldout or root / profile.heldout_prompts)
-    prompts = [prompt for prompt in prompts if prompt not in set(heldout)]
-    if not prompts:
-        raise ValueError(f"{options.prompts or profile.prompts}: every prompt is held out in {options.heldout or profile.heldout_prompts}")
-    output = Path(options.output)
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output {output}: is a file; expected a folder")
-    if options.resume and not (Path(options.resume) / "trainer.json").is_file():
-        raise ValueError(f"--resume {options.resume}: no checkpoint here; expected a folder made by an earlier run")
-
+    job = checked(options)
     import torch
     from accelerate import PartialState
 
-    from rlhf_helpers.evaluation import evaluate
-    from rlhf_helpers.models import device_and_dtype, load_policy, resolve
+    from rlhf_helpers.machine import device_and_dtype
+    from rlhf_helpers.models import resolve
     from rlhf_helpers.reward import RewardModel, ensure_reward_model
-    from rlhf_helpers.trainer import PPOTrainer
+    from rlhf_helpers.run import alone_in, finished, saved_run, settings
 
-    reward_folder = options.reward_model or root / profile.reward_model
     if options.reward_model:
-        RewardModel.load(reward_folder)  # a wrong folder is reported before the models are fetched
+        RewardModel.load(options.reward_model)  # a wrong folder is reported before the models are fetched
     device, dtype = device_and_dtype()
-    processes = PartialState(cpu=device.type == "cpu")  # one, unless `accelerate launch` started more: the main one prepares and reports
-    say = processes.print
+    processes = PartialState(cpu=device.type == "cpu")  # one, unless `accelerate launch` started more; the main one speaks
     if dtype == torch.float16:
-        say("this card has no native bf16 (compute capability below 8.0): computing in fp16, which ends at 65,504")
-    if processes.num_processes > 1 and not Path(reward_folder).exists():  # transformers' Trainer would join these processes
-        raise ValueError(f"{reward_folder}: no reward model yet; expected one: run `python -m rlhf_helpers --prepare` first")
+        processes.print("this card has no native bf16 (compute capability below 8.0): computing in fp16, which ends at 65,504")
+    if processes.num_processes > 1 and not Path(job.reward_folder).exists():  # transformers' Trainer would join these processes
+        raise InputError(f"{job.reward_folder}: no reward model yet; expected one from `python -m rlhf_helpers --prepare`")
     with processes.main_process_first():
-        resolve(profile.model)
-        reward = ensure_reward_model(reward_folder)
+        resolve(job.profile.model)
+        reward = ensure_reward_model(job.reward_folder)
     if options.prepare:
-        say(f"ready: {profile.model}, {reward_folder}")
+        processes.print(f"ready: {job.profile.model}, {job.reward_folder}")
         processes.destroy_process_group()
         return 0
+    job.settings = settings(job.profile, job.config, job.prompts, job.heldout, job.reward_folder, processes.num_processes)
+    with alone_in(job.output, needed=processes.is_main_process):
+        saved = None if job.fresh else saved_run(job.output, job.settings, job.resume)
+        if done := saved and finished(job.output, saved, job.steps, job.config):
+            if processes.is_main_process:
+                say_finished(*done, job, saved)
+            processes.destroy_process_group()
+            return 0
+        return train(job, reward, saved, processes)
 
-    policy, tokenizer = load_policy(profile, seed=config.seed)
-    trainer = PPOTrainer(config=config, model=policy, ref_model=None, tokenizer=tokenizer)
-    if reward.std == 1.0 and reward.mean == 0.0:  # a reward model from elsewhere: standardise it as ours is
-        standardise_on_base(trainer, reward, prompts)
-    output.mkdir(parents=True, exist_ok=True)
 
-    say(f"held-out: {len(heldout)} prompts, 2 samples each, before training", flush=True)
-    before = evaluate(trainer, heldout, reward)
-    if options.resume:
-        trainer.resume(options.resume)
-        say(f"resumed at step {trainer.steps_done}")
-    budget = f", at most {config.kl_budget:g} nats of KL" if config.kl_budget else ""
-    many = f" on {processes.num_processes} processes" if processes.num_processes > 1 else ""
-    say(f"PPO: {steps} steps of {config.batch_size} responses{many}{budget}, profile {profile.name}, {profile.model}", flush=True)
-    ppo_started = time.perf_counter()
-    progress = Progress(steps, output / "history.jsonl") if processes.is_main_process else None
-    trainer.train(prompts, reward, steps=max(0, steps - trainer.steps_done), on_step=progress)
-    ppo_seconds = time.perf_counter() - ppo_started
-    if trainer.steps_done < steps:
-        say(f"stopped after step {trainer.steps_done}: the KL budget of {config.kl_budget:g} nats is spent")
-    after = evaluate(trainer, heldout, reward)
+def say_finished(summary, samples, job, saved):
+    """The last screen of a run that was finished before."""
+    from rlhf_helpers.evaluation import report
 
-    trainer.save(output / "checkpoint")
+    spent = saved["steps_done"] < job.steps
+    how_far = f"{saved['steps_done']} of {job.steps} steps{', KL budget spent' if spent else ''}"
+    more = "a larger --kl_budget" if spent else "more --steps"
+    print(f"{job.output}: this run is finished ({how_far}); --fresh makes it again, {more} goes on")
+    report(summary, samples, job.output)
+
+
+def train(job, reward, saved, processes):
+    """Everything after the preparations: PPO, from the beginning or from where it was, and what it brought."""
+    from rlhf_helpers.evaluation import evaluate
+    from rlhf_helpers.models import load_policy
+    from rlhf_helpers.trainer import PPOTrainer
+
+    policy, tokenizer = load_policy(job.profile, seed=job.config.seed)
+    trainer = PPOTrainer(config=job.config, model=policy, ref_model=None, tokenizer=tokenizer)
+    keeper = Keeper(job, trainer)
+    before = keeper.go_on(saved, reward) if saved else keeper.begin(reward)
+    if processes.is_main_process:
+        budget = f", at most {job.config.kl_budget:g} nats of KL" if job.config.kl_budget else ""
+        many = f" on {processes.num_processes} processes" if processes.num_processes > 1 else ""
+        print(f"PPO: {job.steps} steps of {job.config.batch_size} responses{many}{budget}, "
+              f"profile {job.profile.name}, {job.profile.model}", flush=True)  # fmt: skip
+    try:
+        trainer.train(job.prompts, reward, steps=max(0, job.steps - trainer.steps_done), on_step=keeper)
+    except Interrupted as stop:
+        keeper.save()
+        done = f"{trainer.steps_done} of {job.steps}"
+        processes.print(f"stopped after step {done}, saved in {job.output}; the same command goes on", flush=True)
+        trainer.accelerator.end_training()
+        return 128 + stop.signum
+    if trainer.steps_done < job.steps:
+        processes.print(f"stopped after step {trainer.steps_done}: the KL budget of {job.config.kl_budget:g} nats is spent")
+    with finishing() as asked:
+        keeper.save()
+    asked.check()
+    after = evaluate(trainer, job.heldout, reward)
     processes.wait_for_everyone()
     trainer.accelerator.end_training()  # also closes the process group: a process that exits with it open may crash (gloo)
-    if not processes.is_main_process:
-        return 0
-    save_jsonl(output / "history.jsonl", trainer.history)
-    samples = [{**a, "before": b["response"], "reward_before": b["reward"], "gold_before": b["gold"]}
-               for a, b in zip(after.records(), before.records())]  # fmt: skip
-    save_jsonl(output / "samples.jsonl", samples)
-    from rlhf_helpers.course.plots import save_figure, training_curves
-
-    save_figure(training_curves(trainer.history), output / "curves.png")
-    summary = summarize(before, after, reward_std=before.rewards.std(ddof=1), seconds=time.perf_counter() - started)
-    summary |= dict(ppo_seconds=round(ppo_seconds, 1), steps=trainer.steps_done, seed=config.seed, processes=processes.num_processes)
-    (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    report(summary, samples, output)
+    if processes.is_main_process:
+        write_results(job, trainer, before, after, keeper.seconds(), processes.num_processes)
     return 0
 
 
-def standardise_on_base(trainer, reward, prompts, count=64):
-    """Measure the reward model's mean and deviation on `count` samples of the base policy on training prompts."""
-    prompts = (prompts * count)[:count]
-    prompts, queries = trainer.encode(prompts)
-    import torch
+class Keeper:
+    """Keeps a run on disk as it grows, and prints one line a step. All processes have one, the main one writes."""
 
-    responses = trainer.generate(queries, batch_size=32, reference=True, generator=torch.Generator().manual_seed(0))
-    reward.standardise(prompts, trainer.decode(responses))
-    trainer.accelerator.print(f"reward model: standardised on {count} samples of the base model, mean {reward.mean:.3f}, deviation {reward.std:.3f}")
+    def __init__(self, job, trainer):
+        self.job, self.trainer, self.times, self.saved_at = job, trainer, [], None
+        self.main = trainer.accelerator.is_main_process
+        self.checkpoint, self.log = job.output / "checkpoint", job.output / "history.jsonl"
 
+    def begin(self, reward):
+        """A new run: measures the base policy and saves step 0. Only then what an earlier run left is gone."""
+        from rlhf_helpers.evaluation import evaluate
+        from rlhf_helpers.run import remove_results
 
-class Progress:
-    """Prints one line a step, and keeps the history on disk as it grows."""
+        job, trainer = self.job, self.trainer
+        if reward.std == 1.0 and reward.mean == 0.0:  # a reward model from elsewhere: standardise it as ours is
+            standardise_on_base(trainer, reward, job.prompts)
+        trainer.accelerator.print(f"held-out prompts: {len(job.heldout)}, with 2 samples each, before training", flush=True)
+        before = evaluate(trainer, job.heldout, reward)
+        if job.resume:
+            trainer.resume(job.resume)
+            trainer.accelerator.print(f"resumed at step {trainer.steps_done}", flush=True)
+        self.extra = dict(
+            settings=job.settings | {"--resume": job.resume},
+            standardisation=[reward.mean, reward.std],
+            before=before.records(),
+        )
+        self.save()
+        if self.main:
+            remove_results(job.output)
+            save_jsonl(self.log, trainer.history)
+        return before
 
-    def __init__(self, steps, log):
-        self.steps, self.log, self.times = steps, log, []
-        self.log.write_text("", encoding="utf-8")
+    def go_on(self, saved, reward):
+        """The run in the checkpoint; steps after it in the log were lost, and are cut."""
+        from rlhf_helpers.evaluation import Evaluation
+
+        self.trainer.resume(self.checkpoint)
+        self.extra, self.saved_at = saved["extra"], self.trainer.steps_done
+        reward.mean, reward.std = self.extra["standardisation"]
+        self.job.seconds_before = self.extra["seconds"]
+        if self.main:
+            save_jsonl(self.log, self.trainer.history)
+            done = f"{self.saved_at} of {self.job.steps}"
+            print(f"going on from step {done} in {self.job.output}; --fresh begins anew", flush=True)
+        return Evaluation.of_records(self.extra["before"])
+
+    def seconds(self):
+        """Of all starts of this run together."""
+        return self.job.seconds_before + time.perf_counter() - self.job.started
+
+    def save(self):
+        """Keep this step, unless it is kept already."""
+        if self.saved_at != self.trainer.steps_done:
+            now = dict(seconds=self.seconds(), budget_spent=self.trainer.kl_budget_spent())
+            self.trainer.save(self.checkpoint, extra=self.extra | now)
+            self.saved_at = self.trainer.steps_done
 
     def __call__(self, trainer, stats):
+        if self.main:
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(trainer.history[-1]) + "\n")
+            print(self.line(stats), flush=True)
+        if trainer.steps_done % self.job.save_every == 0:
+            self.save()
+
+    def line(self, stats):
+        """What a step came to."""
         seconds = stats["time/generate"] + stats["time/reward"] + stats["time/ppo/total"]
         self.times.append(seconds)
-        left = sum(self.times) / len(self.times) * (self.steps - trainer.steps_done) / 60
-        with self.log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(trainer.history[-1]) + "\n")
-        print(
-            f"step {trainer.steps_done:3d}/{self.steps}  score {stats['ppo/mean_scores']:+.2f}  kl {stats['objective/kl']:6.2f}  "
-            f"entropy {stats['ppo/policy/entropy']:.2f}  value loss {stats['ppo/loss/value']:.3f}  "
-            f"length {stats['tokens/responses_len_mean']:.0f}  {seconds:.1f} s  {left:.1f} min left",
-            flush=True,
+        left = sum(self.times) / len(self.times) * (self.job.steps - self.trainer.steps_done) / 60
+        return (
+            f"step {self.trainer.steps_done:3d}/{self.job.steps}  score {stats['ppo/mean_scores']:+.2f}  "
+            f"kl {stats['objective/kl']:6.2f}  entropy {stats['ppo/policy/entropy']:.2f}  "
+            f"value loss {stats['ppo/loss/value']:.3f}  "
+            f"length {stats['tokens/responses_len_mean']:.0f}  {seconds:.1f} s  {left:.1f} min left"
         )
 
 
-def summarize(before, after, reward_std, seconds):
-    """What summary.json says of two Evaluations."""
-    from rlhf_helpers.evaluation import paired_gain
-    from rlhf_helpers.machine import peak_megabytes
+def standardise_on_base(trainer, reward, prompts, count=64, batch_size=32):
+    """Measure the reward model's mean and deviation on `count` samples of the base policy on training prompts."""
+    import torch
 
-    _, reward_interval = paired_gain(before.prompts, before.rewards, after.rewards)
-    _, gold_interval = paired_gain(before.prompts, before.gold, after.gold)
-    numbers = dict(
-        heldout_reward_before=before.rewards.mean(),
-        heldout_reward_after=after.rewards.mean(),
-        heldout_reward_gain_ci95=reward_interval,
-        heldout_gold_before=before.gold.mean(),
-        heldout_gold_after=after.gold.mean(),
-        heldout_gold_gain_ci95=gold_interval,
-        base_reward_std=reward_std,
-        mean_kl=after.kl.mean(),
-        distinct2_before=before.distinct2,
-        distinct2_after=after.distinct2,
-        seconds=seconds,
-        peak_rss_mb=peak_megabytes(),
-    )
-    return {k: [round(x, 4) for x in v] if isinstance(v, tuple) else round(float(v), 4) for k, v in numbers.items()}
+    from rlhf_helpers import progress
+
+    prompts, queries = trainer.encode((prompts * count)[:count])
+    generator, responses = torch.Generator().manual_seed(0), []
+    with progress.bar(len(queries), "standardising the reward", "samples", trainer.accelerator.is_main_process) as done:
+        for start in range(0, len(queries), batch_size):
+            responses += trainer.generate(queries[start : start + batch_size], reference=True, generator=generator)
+            done.update(len(responses) - done.n)
+    reward.standardise(prompts, trainer.decode(responses))
+    found = f"mean {reward.mean:.3f}, deviation {reward.std:.3f}"
+    trainer.accelerator.print(f"reward model: standardised on {count} samples of the base model, {found}")
 
 
-def report(summary, samples, output):
-    """The last screen of a run."""
-    interval = lambda name: "{:+.2f} to {:+.2f}".format(*summary[name])
-    print(f"\nheld-out prompts, before -> after {summary['steps']} PPO steps (95 % interval of the gain, bootstrap over prompts)")
-    for name in ("reward", "gold"):
-        b, a = summary[f"heldout_{name}_before"], summary[f"heldout_{name}_after"]
-        print(f"  {name:7s} {b:+.2f} -> {a:+.2f}   gain {a - b:+.2f} ({interval(f'heldout_{name}_gain_ci95')})")
-    gain = summary["heldout_reward_after"] - summary["heldout_reward_before"]
-    print(f"  the reward's gain is {gain / summary['base_reward_std']:.2f} deviations of the base model's reward")
-    print(f"  KL {summary['mean_kl']:.2f} nats a response; distinct word pairs {summary['distinct2_before']:.2f} -> {summary['distinct2_after']:.2f}")
-    print(f"  {summary['ppo_seconds'] / 60:.1f} minutes of PPO, {summary['seconds'] / 60:.1f} in all, peak memory {summary['peak_rss_mb']:.0f} MB\n")
-    for sample in samples[:: len(samples) // 3][:3]:
-        print(f"{sample['prompt']}\n  before ({sample['reward_before']:+.2f}): {' '.join(sample['before'].split())}")
-        print(f"  after  ({sample['reward']:+.2f}): {' '.join(sample['response'].split())}\n")
-    print(f"figure  {output / 'curves.png'}\nlog     {output / 'history.jsonl'}\nadapter {output / 'checkpoint'}\nsummary {output / 'summary.json'}")
+# ---------------------------------------------------------------- results
+
+
+def write_results(job, trainer, before, after, seconds, processes):
+    """samples.jsonl, curves.png and, last of all, summary.json; then the last screen."""
+    from rlhf_helpers.course.plots import save_figure, training_curves
+    from rlhf_helpers.evaluation import report, summarize
+    from rlhf_helpers.run import write_json
+
+    samples = [{**a, "before": b["response"], "reward_before": b["reward"], "gold_before": b["gold"]}
+               for a, b in zip(after.records(), before.records())]  # fmt: skip
+    save_jsonl(job.output / "samples.jsonl", samples)
+    save_figure(training_curves(trainer.history), job.output / "curves.png")
+    summary = summarize(before, after, trainer.history, seconds)
+    summary |= dict(steps=trainer.steps_done, seed=job.config.seed, processes=processes)
+    write_json(job.output / "summary.json", summary)
+    report(summary, samples, job.output)
 
 
 if __name__ == "__main__":

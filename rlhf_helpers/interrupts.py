@@ -6,16 +6,15 @@ import threading
 
 
 class Interrupted(KeyboardInterrupt):
-    """Somebody asked to stop, and the step was finished first. `signum` says how: SIGINT (Ctrl-C, a notebook's stop button)
-    or SIGTERM."""
+    """Somebody asked to stop. `signum` says how: SIGINT (Ctrl-C, a notebook's stop button) or SIGTERM."""
 
     def __init__(self, signum):
-        super().__init__(f"stopped by {signal.Signals(signum).name} after a whole step")
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
         self.signum = signum
 
 
 class Asked:
-    """Which signal came, None until one does."""
+    """Which signal came first, None until one does."""
 
     signum = None
 
@@ -25,22 +24,45 @@ class Asked:
             raise Interrupted(self.signum)
 
 
+def stop(signum, frame):
+    """A handler that ends what runs at once, as Python's own does on SIGINT."""
+    raise Interrupted(signum)
+
+
+@contextlib.contextmanager
+def terminable():
+    """Inside, SIGTERM does what Ctrl-C does: it ends what runs at once, or waits where Ctrl-C waits (`finishing`)."""
+    with handlers(stop, signal.SIGTERM):
+        yield
+
+
 @contextlib.contextmanager
 def finishing(*signums):
-    """Inside, the first of these signals (SIGINT by default) is only noted, in the Asked that is given; the second one acts as
-    it did before. In another thread than the main one, where Python gets no signals, nothing changes."""
-    asked, before = Asked(), {}
+    """Inside, the first of these signals (by default SIGINT, and SIGTERM where `terminable`) is only noted, in the Asked that
+    is given; the second one acts as it did before. In another thread than the main one, where Python gets no signals, nothing
+    changes."""
+    asked = Asked()
+    alike = (signal.SIGINT, signal.SIGTERM) if signal.getsignal(signal.SIGTERM) is stop else (signal.SIGINT,)
+    before = {signum: signal.getsignal(signum) for signum in signums or alike}
 
     def note(signum, frame):
-        asked.signum = signum
+        asked.signum = asked.signum or signum
         signal.signal(signum, before[signum])
 
-    if threading.current_thread() is threading.main_thread():
-        before = {signum: signal.getsignal(signum) for signum in signums or (signal.SIGINT,)}
-        for signum in before:
-            signal.signal(signum, note)
-    try:
+    with handlers(note, *before):
         yield asked
-    finally:
-        for signum, handler in before.items():
+
+
+@contextlib.contextmanager
+def handlers(handler, *signums):
+    """This handler of these signals inside, those from before after."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {signum: signal.getsignal(signum) for signum in signums}
+    try:
+        for signum in before:
             signal.signal(signum, handler)
+        yield
+    finally:
+        for signum, former in before.items():
+            signal.signal(signum, former)

@@ -16,12 +16,15 @@ from transformers import (
     AutoTokenizer,
     PrinterCallback,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
+from rlhf_helpers import progress
 from rlhf_helpers.config import DATA_FILE, HELDOUT_FILE, project_root
 from rlhf_helpers.data import load_preferences, load_prompts
-from rlhf_helpers.models import device_and_dtype, resolve
+from rlhf_helpers.machine import device_and_dtype
+from rlhf_helpers.models import resolve
 
 FORMAT_FILE = "reward_format.json"
 # How prompt and response become one input. "pair": the tokenizer's own sentence pair, [CLS] prompt [SEP] response [SEP].
@@ -158,6 +161,20 @@ def pairwise_loss(chosen, rejected):
     return -F.logsigmoid(chosen - rejected).mean()
 
 
+class ShowProgress(TrainerCallback):
+    """How far the training of the reward model is."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = progress.bar(state.max_steps, "reward model", "steps", state.is_world_process_zero)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        losses = [f"loss {float(row['loss']):.2f}" for row in state.log_history if "loss" in row]
+        self.bar.update(note=losses[-1] if losses else "")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
 class PairwiseTrainer(Trainer):
     """transformers' Trainer with pairwise_loss. A batch holds the chosen texts first, then the rejected ones."""
 
@@ -205,6 +222,7 @@ def train_reward_model(pairs, folder, encoder="minilm-l6-v2", num_labels=1, epoc
     )
     trainer = PairwiseTrainer(model, arguments, train_dataset=pairs, data_collator=collate)
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(ShowProgress)
     trainer.train()
     log = [dict(step=row["step"], loss=float(row["loss"])) for row in trainer.state.log_history if "loss" in row]
     rm.model.eval().requires_grad_(False)

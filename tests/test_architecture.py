@@ -11,7 +11,7 @@ FLOORS = {
     0: ("config", "errors", "data", "ppo", "assets", "quirks", "interrupts", "progress", "files", "course.gold"),
     1: ("machine", "models", "sampling", "fast"),
     2: ("reward", "rollout", "stats", "checkpoint", "memory", "course.grading"),
-    3: ("trainer", "evaluation", "doctor", "course.plots", "course.exercises"),
+    3: ("trainer", "evaluation", "run", "doctor", "course.plots", "course.exercises"),
     4: ("__main__", "trl_bridge"),
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}

@@ -1,13 +1,16 @@
 """Held-out evaluation: same prompts, same random numbers, nothing learnt."""
 
+import contextlib
 import json
+import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from rlhf_helpers.data import read_jsonl, save_jsonl
-from rlhf_helpers.evaluation import evaluate, paired_gain
+from rlhf_helpers.evaluation import Evaluation, evaluate, paired_gain, report, summarize
 from tests import tiny
 from tests.tiny import same, state, with_lora
 
@@ -75,3 +78,58 @@ def test_the_interval_covers_the_true_gain_about_as_often_as_it_says():
         low, high = paired_gain(range(40), np.zeros(40), rng.normal(1.0, 1.0, 40), draws=400)[1]
         covered += low <= 1.0 <= high
     assert 87 <= covered <= 99
+
+
+# ---------------------------------------------------------------- what a run came to
+
+
+def test_an_evaluation_survives_being_saved():
+    first = evaluate(tiny.trainer(with_lora(tiny.llama(), b_scale=0.3)), PROMPTS, length)
+    again = Evaluation.of_records(json.loads(json.dumps(first.records())))
+    assert (again.prompts, again.responses) == (first.prompts, first.responses)
+    assert all((getattr(again, name) == getattr(first, name)).all() for name in ("rewards", "gold", "kl"))
+
+
+def test_a_process_without_prompts_takes_part(monkeypatch):
+    trainer = tiny.trainer()
+    nothing = contextlib.nullcontext([])
+    monkeypatch.setattr(type(trainer.accelerator), "split_between_processes", lambda self, prompts: nothing)
+    rows = [("t5", 1.0, 0.5, 0.25)] * 2  # from another process
+    monkeypatch.setattr("rlhf_helpers.evaluation.gather_object", lambda mine: [*mine, *rows])
+    result = evaluate(trainer, PROMPTS[:1], length, samples=2)
+    assert result.responses == ["t5", "t5"] and result.rewards.tolist() == [1.0, 1.0]
+
+
+def samples(rewards, kl=0.0):
+    n = len(rewards)
+    return Evaluation(["p"] * n, ["a b"] * n, np.asarray(rewards), np.ones(n), np.full(n, kl))
+
+
+def test_a_summary_says_how_far_sampler_and_trainer_were_apart():
+    names = ("objective/sampler_kl", "objective/sampler_max_diff")
+    history = [dict(zip(names, row)) for row in ((0.0, 0.0), (2e-7, 3e-6), (math.nan, 1e-6))] + [{}]
+    summary = summarize(samples([0.0, 1.0]), samples([1.0, 2.0]), history, seconds=60.0)
+    assert summary["sampler_kl"] == 1e-7 and summary["sampler_max_diff"] == 3e-6
+
+
+def test_numbers_that_are_none_are_null_in_the_summary_and_a_question_mark_on_the_screen(capsys):
+    summary = summarize(samples([0.5]), samples([1.0], kl=math.nan), [], seconds=60.0) | dict(steps=1)
+    assert summary["base_reward_std"] is None and summary["mean_kl"] is None and summary["sampler_kl"] is None
+    json.dumps(summary, allow_nan=False)
+    row = dict(prompt="p", before="a", response="b", reward_before=0.5, reward=1.0)
+    report(summary, [row], Path("run"))
+    out = capsys.readouterr().out
+    assert "the reward's gain is ? deviations" in out and "sampler and trainer differ by ? nats (largest token ?)" in out
+
+
+def test_equal_rewards_have_no_deviation_to_measure_by(capsys):
+    summary = summarize(samples([0.5, 0.5]), samples([1.0, 1.0]), [], seconds=60.0) | dict(steps=1)
+    report(summary, [], Path("run"))
+    assert "the reward's gain is ? deviations" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value, line", [(0.0, "0 nats (largest token 0)"), (2.5e-7, "2.5e-07 nats (largest token 2.5e-07)")])
+def test_the_last_screen_shows_the_sampler_s_exactness(value, line, capsys):
+    history = [{"objective/sampler_kl": value, "objective/sampler_max_diff": value}]
+    report(summarize(samples([0.0, 1.0]), samples([1.0, 2.0]), history, 60.0) | dict(steps=1), [], Path("run"))
+    assert f"sampler and trainer differ by {line}" in capsys.readouterr().out

@@ -1,21 +1,29 @@
 """The script, the models' download and the machine check, called in this process: one sentence for every mistake."""
 
+import errno
 import hashlib
 import json
+import os
 import shutil
+import signal
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from rlhf_helpers import assets, machine, models
-from rlhf_helpers.__main__ import main, parser
+import rlhf_helpers
+from rlhf_helpers import assets, machine
+from rlhf_helpers.__main__ import Keeper, main, parser
 from rlhf_helpers.assets import Asset
 from rlhf_helpers.config import PPO_FIELDS
 from rlhf_helpers.data import read_jsonl, save_jsonl
+from tests import tiny
 
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(rlhf_helpers.__file__).parent.parent)}
 PROMPTS = [{"prompt": f"t{i} t{i + 1}"} for i in range(10, 20)]
 
 
@@ -57,7 +65,14 @@ def test_settings_are_parsed_into_their_types():
         "--batch_size 8 --learning-rate 1e-4 --adap_kl_ctrl false --score_clip 2 --log_with wandb".split()
     )
     assert (options.batch_size, options.learning_rate, options.adap_kl_ctrl) == (8, 1e-4, False)
-    assert (options.score_clip, options.log_with, options.gamma) == (2.0, "wandb", None)
+    assert (options.score_clip, options.log_with) == (2.0, "wandb")
+    assert "gamma" not in options, "what is not given stays the profile's"
+    assert parser().parse_args(["--kl_budget", "none"]).kl_budget is None
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys, rlhf_helpers.__main__ as script; script.parser().format_help(); print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV).stdout == "False\n"
 
 
 WRONG = {
@@ -72,6 +87,7 @@ WRONG = {
     ),
     "no steps": (["--steps", 0], "--steps is 0; expected a whole number from 1"),
     "a negative learning rate": (["--learning_rate", "-1"], "PPOConfig.learning_rate is -1.0; expected a number from 0"),
+    "no save": (["--save_every", 0], "--save_every is 0; expected a whole number from 1"),
     "a missing prompt file": (["--prompts", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
     "a missing held-out file": (["--heldout", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
     "a bad line": (["--prompts", "bad.jsonl"], "bad.jsonl:2: not JSON"),
@@ -108,39 +124,237 @@ def test_an_option_that_cannot_be_parsed_exits_with_2(arguments, home, capsys):
     assert files(home) == before
 
 
-def test_a_whole_run_writes_what_the_help_says_and_can_be_resumed(home, llama_folder, reward_folders, capsys):
-    common = [
-        "--model",
-        llama_folder,
-        "--reward-model",
-        reward_folders[2],
-        "--max_new_tokens",
-        6,
-        "--batch_size",
-        4,
-        "--mini_batch_size",
-        2,
-    ]
-    assert exit_status([*common, "--steps", 2, "--output", "run"]) == 0, capsys.readouterr().err
+# ---------------------------------------------------------------- a run
+
+
+@pytest.fixture
+def start(home, llama_folder, reward_folders):
+    """A function that gives the command line of a short run on tiny models, in the folder `run` unless told otherwise."""
+    common = ["--model", llama_folder, "--reward-model", reward_folders[2], "--max_new_tokens", 6, "--batch_size", 4]
+    common += ["--mini_batch_size", 2, "--kl_budget", "none", "--save_every", 2]
+
+    def arguments(*more, steps=5, output="run"):
+        return [str(argument) for argument in (*common, "--steps", steps, "--output", output, *more)]
+
+    return arguments
+
+
+def adapters(run):
+    return load_file(run / "checkpoint" / "adapter_model.safetensors")
+
+
+def numbers(run):
+    """A run's summary without what a clock or the system says."""
+    summary = json.loads((run / "summary.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    return {name: value for name, value in summary.items() if "seconds" not in name and name != "peak_rss_mb"}
+
+
+def history(run):
+    """The rows of history.jsonl without times."""
+    return [{name: value for name, value in row.items() if "time/" not in name} for row in read_jsonl(run / "history.jsonl")]
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """A function that makes something happen when the line of a step is printed, before the step is saved."""
+
+    def plan(step, what):
+        line = Keeper.line
+
+        def saying(self, stats):
+            if self.trainer.steps_done == step:
+                what()
+            return line(self, stats)
+
+        monkeypatch.setattr(Keeper, "line", saying)
+
+    return plan
+
+
+def test_a_whole_run_writes_what_the_help_says_and_another_may_begin_with_it(home, start, capsys):
+    assert exit_status(start(steps=2)) == 0, capsys.readouterr().err
     run = home / "run"
-    assert {path.name for path in run.iterdir()} == {
-        "summary.json",
-        "history.jsonl",
-        "samples.jsonl",
-        "curves.png",
-        "checkpoint",
-    }
+    wanted = {".lock", "summary.json", "history.jsonl", "samples.jsonl", "curves.png", "checkpoint"}
+    assert {path.name for path in run.iterdir()} == wanted
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 2 and summary["peak_rss_mb"] > 100 and len(summary["heldout_reward_gain_ci95"]) == 2
-    assert [row["step"] for row in read_jsonl(run / "history.jsonl")] == [1, 2]
+    assert {"sampler_kl", "sampler_max_diff"} <= summary.keys()
+    assert "sampler and trainer differ by " in capsys.readouterr().out
+    assert [row["step"] for row in history(run)] == [1, 2]
     samples = read_jsonl(run / "samples.jsonl")
     assert [row["prompt"] for row in samples] == ["t30 t31"] * 2 + ["t32"] * 2
     assert sum(row["reward"] for row in samples) / 4 == pytest.approx(summary["heldout_reward_after"], abs=1e-3)
 
-    assert exit_status([*common, "--steps", 3, "--output", "more", "--resume", run / "checkpoint"]) == 0
-    assert [row["step"] for row in read_jsonl(home / "more" / "history.jsonl")] == [1, 2, 3]
+    assert exit_status(start("--resume", run / "checkpoint", steps=3, output="more")) == 0
+    assert [row["step"] for row in history(home / "more")] == [1, 2, 3]
     assert json.loads((home / "more" / "summary.json").read_text())["heldout_reward_before"] == summary["heldout_reward_before"]
     assert "resumed at step 2" in capsys.readouterr().out
+
+
+def test_a_killed_run_goes_on_by_the_same_command_and_comes_to_the_same_end(home, start, capsys):
+    assert exit_status(start(output="whole")) == 0
+    command = [sys.executable, "-m", "rlhf_helpers", *start()]
+    killed = subprocess.Popen(command, cwd=home, env=ENV, stdout=subprocess.PIPE, text=True)
+    for line in killed.stdout:
+        if line.startswith("step   3/5"):
+            killed.kill()
+            break
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL and not (home / "run" / "summary.json").exists()
+
+    capsys.readouterr()
+    assert exit_status(start()) == 0
+    out = capsys.readouterr().out
+    assert "going on from step 2 of 5 in run; --fresh begins anew\n" in out and "before training" not in out
+    assert numbers(home / "run") == numbers(home / "whole") and history(home / "run") == history(home / "whole")
+    assert tiny.same(adapters(home / "run"), adapters(home / "whole"))
+    assert (home / "run" / "samples.jsonl").read_bytes() == (home / "whole" / "samples.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_is_asked_to_stop_finishes_its_step_and_saves_it(signum, status, home, start, capsys, at_step):
+    at_step(1, lambda: signal.raise_signal(signum))
+    assert exit_status(start(steps=3)) == status
+    out, err = capsys.readouterr()
+    assert out.endswith("stopped after step 1 of 3, saved in run; the same command goes on\n") and err == ""
+    assert [row["step"] for row in history(home / "run")] == [1] and not (home / "run" / "summary.json").exists()
+    assert exit_status(start(steps=2)) == 0, "--steps need not agree"
+    assert "going on from step 1 of 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_evaluation_that_is_asked_to_stop_stops_at_once_and_what_was_saved_stays(
+    signum, status, home, start, capsys, monkeypatch
+):
+    with monkeypatch.context() as now:
+        now.setattr("rlhf_helpers.evaluation.gold_reward", lambda prompt, text: signal.raise_signal(signum))
+        assert exit_status(start(steps=1)) == status
+    assert capsys.readouterr().err == "stopped; what was saved stays\n"
+    assert not (home / "run" / "checkpoint").exists()
+    assert exit_status(start(steps=1)) == 0
+
+
+def test_a_finished_run_is_shown_again_and_goes_on_with_more_steps(home, start, capsys):
+    assert exit_status(start(steps=1)) == 0
+    first, before = capsys.readouterr().out, {path: path.read_bytes() for path in (home / "run").glob("*.*")}
+    assert exit_status(start(steps=1)) == 0
+    again = capsys.readouterr().out
+    assert again.startswith("run: this run is finished (1 of 1 steps); --fresh makes it again, more --steps goes on\n")
+    assert first[first.index("\nheld-out prompts, ") :] == again[again.index("\nheld-out prompts, ") :]
+    assert {path: path.read_bytes() for path in (home / "run").glob("*.*")} == before
+    assert exit_status(start(steps=2)) == 0
+    assert "going on from step 1 of 2" in capsys.readouterr().out and numbers(home / "run")["steps"] == 2
+
+
+def test_a_run_whose_budget_is_spent_is_finished_until_the_budget_is_another(home, start, capsys):
+    small = ("--kl_budget", 1e-9, "--learning_rate", 0.01, "--init_kl_coef", 0)
+    assert exit_status(start(*small, steps=8)) == 0
+    steps = numbers(home / "run")["steps"]
+    assert steps < 8 and exit_status(start(*small, steps=8)) == 0
+    said = (
+        f"run: this run is finished ({steps} of 8 steps, KL budget spent); --fresh makes it again, a larger --kl_budget goes on"
+    )
+    assert said in capsys.readouterr().out
+    assert exit_status(start(*small[2:], steps=steps + 1)) == 0 and numbers(home / "run")["steps"] == steps + 1
+
+
+def test_fresh_begins_anew_and_keeps_the_old_run_until_the_new_one_has_begun(home, start, capsys, monkeypatch):
+    assert exit_status(start(steps=2)) == 0
+    run, old = home / "run", numbers(home / "run")
+    with monkeypatch.context() as now:
+        now.setattr("rlhf_helpers.evaluation.gold_reward", lambda prompt, text: signal.raise_signal(signal.SIGINT))
+        assert exit_status(start("--fresh", "--seed", 1, steps=1)) == 130
+    assert numbers(run) == old and len(history(run)) == 2
+    assert exit_status(start("--fresh", "--seed", 1, steps=1)) == 0
+    assert numbers(run)["seed"] == 1 and len(history(run)) == 1
+
+
+OTHER = {
+    "a learning rate": (["--learning_rate", 0.1], "its run has --learning_rate 0.0005, not 0.1;"),
+    "a seed before a batch": (["--seed", 1, "--ppo_epochs", 2], "its run has --ppo_epochs 1, not 2;"),
+    "prompts": (["--prompts", "few.jsonl"], "its run has --prompts (sha256) "),
+    "held-out prompts": (["--heldout", "other.jsonl"], "its run has --heldout (sha256) "),
+    "a profile": (["--profile", "gpu", "--gradient_accumulation_steps", 2], "its run has --profile cpu, not gpu;"),
+    "a reward model": (["--reward-model", None], "its run has --reward-model (sha256) "),
+    "a beginning": (["--resume", "elsewhere"], "its run has --resume None, not elsewhere;"),
+}
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    return tmp_path_factory.mktemp("begun") / "run"
+
+
+@pytest.mark.parametrize("other", OTHER)
+def test_a_run_goes_on_only_with_its_own_settings(other, home, start, reward_folders, begun, capsys):
+    if not begun.exists():
+        assert exit_status(start(steps=1, output=begun)) == 0
+    shutil.copytree(begun, home / "run")
+    shutil.copytree(begun / "checkpoint", home / "elsewhere")
+    save_jsonl(home / "few.jsonl", PROMPTS[:5])
+    save_jsonl(home / "other.jsonl", [{"prompt": "t40"}])
+    before, (arguments, sentence) = files(home), OTHER[other]
+    capsys.readouterr()
+    assert exit_status(start(*(reward_folders[1] if argument is None else argument for argument in arguments), steps=2)) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: --output run: ") and sentence in err and err.count("\n") == 1 and out == ""
+    assert err.endswith("; expected --fresh to begin anew, or another --output\n") and files(home) == before
+
+
+def test_two_runs_in_one_folder_are_one_too_many(home, start, capsys, at_step):
+    at_step(1, lambda: statuses.append(subprocess.run(command, cwd=home, env=ENV, capture_output=True, text=True)))
+    statuses, command = [], [sys.executable, "-m", "rlhf_helpers", *start()]
+    assert exit_status(start(steps=1)) == 0
+    (second,) = statuses
+    assert second.returncode == 2 and second.stdout == ""
+    assert second.stderr == "error: --output run: another run is at work here; expected a folder of its own\n"
+
+
+def test_a_full_disk_is_one_sentence_and_the_last_whole_checkpoint_stays(home, start, capsys, at_step, monkeypatch):
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device", "run/checkpoint.part")
+
+    at_step(4, lambda: monkeypatch.setattr("rlhf_helpers.trainer.save_checkpoint", full))
+    assert exit_status(start()) == 2
+    err = capsys.readouterr().err
+    assert err == "error: [Errno 28] No space left on device: 'run/checkpoint.part'\n"
+    monkeypatch.undo()
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("RLHF_HOME", str(home))
+    assert exit_status(start()) == 0 and "going on from step 2 of 5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "checkpoint.old"])
+def test_a_damaged_checkpoint_is_not_begun_over_silently(name, home, start, capsys):
+    (home / "run" / name).mkdir(parents=True)
+    (home / "run" / name / "trainer.json").write_text("{")
+    assert exit_status(start(steps=1)) == 2
+    err = capsys.readouterr().err
+    assert "checkpoint" in err and err.endswith("or --fresh to begin anew, or another --output\n") and err.count("\n") == 1
+    assert exit_status(start("--fresh", steps=1)) == 0
+
+
+def test_a_checkpoint_to_begin_with_may_be_one_whose_saving_was_killed_between_its_renames(home, start, capsys):
+    assert exit_status(start(steps=1)) == 0
+    (home / "run" / "checkpoint").rename(home / "elsewhere.old")
+    assert exit_status(start("--resume", "elsewhere", steps=2, output="more")) == 0
+    assert "resumed at step 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_held_out_prompt_is_enough(count, home, start, capsys):
+    save_jsonl(home / "judge.jsonl", [{"prompt": "t40"}, {"prompt": "t41 t42"}][:count])
+    assert exit_status(start("--heldout", "judge.jsonl", steps=1)) == 0, capsys.readouterr().err
+    assert len(read_jsonl(home / "run" / "samples.jsonl")) == 2 * count and numbers(home / "run")["steps"] == 1
+
+
+def test_a_fault_of_the_program_shows_itself(home, start, at_step):
+    def fault():
+        raise ValueError("a fault")
+
+    at_step(1, fault)
+    with pytest.raises(ValueError, match="a fault"):
+        exit_status(start(steps=1))
 
 
 # ---------------------------------------------------------------- the models' download
@@ -230,12 +444,12 @@ def test_the_check_reports_every_point_and_fails_if_one_does(home, monkeypatch, 
     assert len([line for line in lines if line[:3] in ("ok ", "NO ")]) == 7
     monkeypatch.setattr(machine, "memory", lambda: (False, "memory: none"))
     said = []
-    assert check.check(said.append) == 1
+    assert machine.check(said.append) == 1
     assert "NO  memory: none" in said and "Mend" in said[-1]
 
 
 def test_the_check_of_4_bit_training_passes_here():
-    works, line = check.four_bit()
+    works, line = machine.four_bit()
     assert works and "gradients pass" in line
 
 
@@ -247,6 +461,6 @@ def test_a_folder_to_resume_from_that_is_none_is_reported_before_anything_is_mad
 
 @pytest.mark.parametrize("dtype, said", [(torch.float16, True), (torch.bfloat16, False)])
 def test_a_card_without_native_bf16_is_told_so_once(dtype, said, home, llama_folder, reward_folders, monkeypatch, capsys):
-    monkeypatch.setattr(models, "device_and_dtype", lambda: (torch.device("cpu"), dtype))
+    monkeypatch.setattr(machine, "device_and_dtype", lambda: (torch.device("cpu"), dtype))
     assert exit_status(["--prepare", "--model", llama_folder, "--reward-model", reward_folders[1]]) == 0
     assert capsys.readouterr().out.count("no native bf16") == said

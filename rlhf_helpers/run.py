@@ -1,0 +1,123 @@
+"""The folder of a run: who works in it, with which settings it was begun, and what it came to.
+
+.lock           held by the process that works here; the system lets go of it however that process ends
+checkpoint/     the last saved step (see checkpoint.py), with the settings and the samples from before training
+history.jsonl   the stats of every step; it grows as the run does
+samples.jsonl, curves.png, summary.json   the results, in this order: with a summary, the run was whole"""
+
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from rlhf_helpers.checkpoint import read_settings
+from rlhf_helpers.data import read_jsonl
+from rlhf_helpers.errors import InputError
+
+FREE = ("kl_budget", "log_with")  # may change from one start to the next
+RESULTS = ("summary.json", "samples.jsonl", "curves.png")
+
+
+@contextlib.contextmanager
+def alone_in(folder, needed=True):
+    """Makes the folder, and inside nobody else works there. Raises InputError if somebody does already."""
+    if not needed:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "ab") as file:
+        try:
+            lock(file)
+        except (BlockingIOError, PermissionError):
+            raise InputError(f"--output {folder}: another run is at work here; expected a folder of its own") from None
+        yield
+
+
+def lock(file):
+    """Take a lock that ends with this process. Where the file system has none, nobody is kept out."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        return msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:  # some network file systems
+        pass
+
+
+def settings(profile, config, prompts, heldout, reward_folder, processes):
+    """What must agree when a run goes on, by the option that says it, in the order in which differences are reported."""
+    return {
+        "--profile": profile.name,
+        "--model": str(profile.model),
+        "--prompts (sha256)": digest_of_texts(prompts),
+        "--heldout (sha256)": digest_of_texts(heldout),
+        "--reward-model (sha256)": digest_of_folder(reward_folder),
+        "--num_processes": processes,
+    } | {f"--{name}": value for name, value in vars(config).items() if name not in FREE}
+
+
+def digest_of_texts(texts):
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+
+
+def digest_of_folder(folder):
+    """Of the names and contents of the files in a folder."""
+    parts = hashlib.sha256()
+    for path in sorted(path for path in Path(folder).iterdir() if path.is_file()):
+        with open(path, "rb") as file:
+            parts.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return parts.hexdigest()[:16]
+
+
+def saved_run(output, now, resume=None):
+    """What the checkpoint in `output` says of its run, or None without one. Raises InputError if that run is another one than
+    the one with the settings `now`."""
+    folder, how = output / "checkpoint", "--fresh to begin anew, or another --output"
+    if not any(folder.with_name(folder.name + ending).exists() for ending in ("", ".old")):
+        return None
+    try:
+        saved = read_settings(folder)
+    except InputError as error:
+        raise InputError(f"{error}; or {how}") from error
+    then = (saved["extra"] or {}).get("settings")
+    if then is None:
+        raise InputError(f"{folder}: not made by this command; expected {how}")
+    if resume and Path(resume).resolve() != folder.resolve():
+        now = {"--resume": str(resume)} | now
+    for name, value in now.items():
+        if then.get(name) != value:
+            raise InputError(f"--output {output}: its run has {name} {then.get(name)}, not {value}; expected {how}")
+    return saved
+
+
+def finished(output, saved, steps, config):
+    """(summary, samples) of a run that has nothing left to do, else None."""
+    summary_file, samples_file = output / "summary.json", output / "samples.jsonl"
+    if not (summary_file.is_file() and samples_file.is_file()):
+        return None
+    summary = json.loads(summary_file.read_text(encoding="utf-8"))
+    spent = saved["extra"]["budget_spent"] and saved["config"]["kl_budget"] == config.kl_budget
+    whole = summary["steps"] == saved["steps_done"] and (spent or saved["steps_done"] >= steps)
+    return (summary, read_jsonl(samples_file)) if whole else None
+
+
+def remove_results(output):
+    """The results of an earlier run, or of fewer steps: they say nothing of the one that begins."""
+    for name in RESULTS:
+        (output / name).unlink(missing_ok=True)
+
+
+def write_json(path, content):
+    """A JSON file, whole or not at all; a number that is not finite becomes null."""
+    beside = path.with_name(path.name + ".part")
+    with open(beside, "w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)

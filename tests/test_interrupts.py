@@ -1,0 +1,61 @@
+"""Ctrl-C and SIGTERM: noted inside a step, obeyed after it."""
+
+import signal
+import threading
+
+import pytest
+
+from rlhf_helpers.interrupts import Interrupted, finishing, terminable
+
+BOTH = (signal.SIGINT, signal.SIGTERM)
+
+
+@pytest.fixture(autouse=True)
+def handlers_are_left_as_they_were():
+    before = [signal.getsignal(signum) for signum in BOTH]
+    yield
+    assert [signal.getsignal(signum) for signum in BOTH] == before
+
+
+def test_the_first_ctrl_c_is_noted_and_the_second_acts_at_once():
+    with finishing() as asked:
+        asked.check()
+        signal.raise_signal(signal.SIGINT)
+        assert asked.signum == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(Interrupted, match="stopped by SIGINT"):
+            asked.check()
+
+
+def test_sigterm_stops_at_once_where_it_is_terminable():
+    with terminable(), pytest.raises(Interrupted) as stopped:
+        signal.raise_signal(signal.SIGTERM)
+    assert stopped.value.signum == signal.SIGTERM
+
+
+def test_a_step_that_is_terminable_is_finished_and_the_first_signal_counts():
+    with terminable(), finishing() as asked:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+    assert asked.signum == signal.SIGTERM
+
+
+def test_elsewhere_sigterm_is_left_alone():
+    before = signal.getsignal(signal.SIGTERM)
+    with finishing():
+        assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_in_another_thread_nothing_changes():
+    inside = []
+
+    def work():
+        with terminable(), finishing() as asked:
+            inside.append((signal.getsignal(signal.SIGINT), asked.signum))
+
+    before = signal.getsignal(signal.SIGINT)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert inside == [(before, None)]
