@@ -10,16 +10,16 @@ below would learn less, or nothing. A tensor's error is the norm of its differen
 import argparse
 import sys
 from pathlib import Path
-from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
 from benchmarks import memory_7b
-from rlhf_helpers import models
 from rlhf_helpers.config import CPU, project_root
 from rlhf_helpers.data import load_prompts
+from rlhf_helpers.machine import device_and_dtype
+from rlhf_helpers.models import load_policy
 from rlhf_helpers.trainer import PPOTrainer
 
 CASES = [("bf16", torch.bfloat16, 1), ("fp16", torch.float16, 1), ("fp16, loss x 1024", torch.float16, 1024)]
@@ -37,11 +37,9 @@ def as_after_some_training(policy, deviation):
 
 def make_trainer(dtype, wide):
     """A trainer on SmolLM2, or on the wide model, with arithmetic in `dtype`."""
-    device = models.device_and_dtype()[0]
-    with mock.patch.object(models, "device_and_dtype", lambda: (device, dtype)):
-        torch.manual_seed(0)
-        options = memory_7b.parse(["--device", device.type, "--layers", "2", "--hidden", "2048"])
-        policy, tokenizer = memory_7b.make_policy(options) if wide else models.load_policy(CPU)
+    options = memory_7b.parse(["--device", device_and_dtype()[0].type, "--layers", "2", "--hidden", "2048"])
+    torch.manual_seed(0)
+    policy, tokenizer = memory_7b.make_policy(options, dtype) if wide else load_policy(CPU, dtype=dtype)
     as_after_some_training(policy, 0.01)
     config = CPU.ppo_config(batch_size=8, mini_batch_size=8, gradient_accumulation_steps=1)
     return PPOTrainer(config, policy, None, tokenizer)

@@ -18,7 +18,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -30,7 +29,9 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
 from rlhf_helpers import models as loading
 from rlhf_helpers.config import GPU
+from rlhf_helpers.machine import device_and_dtype
 from rlhf_helpers.memory import memory_by_part, peak
+from rlhf_helpers.quirks import keep_gradients
 from rlhf_helpers.trainer import PPOTrainer
 
 SETTINGS = {
@@ -87,7 +88,7 @@ def random_nf4(config, device, dtype):
     with device:
         lm.model.rotary_emb = type(lm.model.rotary_emb)(config)  # its buffers are computed, not loaded
     lm.is_loaded_in_4bit, lm.config.quantization_config = True, quantization  # what PEFT and accelerate look at
-    loading.keep_gradients(lm)
+    keep_gradients(lm)
     return lm.requires_grad_(False).eval()
 
 
@@ -101,13 +102,12 @@ def word_tokenizer(vocabulary):
     )
 
 
-def make_policy(options):
+def make_policy(options, dtype=None):
     """(policy, tokenizer): the random model under the adapters, value head and checkpointing of `load_policy(GPU)`."""
-    device, dtype = loading.device_and_dtype()
-    lm = random_nf4(mistral(options.layers, options.hidden), device, dtype)
-    tokenizer = word_tokenizer(lm.config.vocab_size)
-    with mock.patch.multiple(loading, load_causal_lm=lambda *_: lm, load_tokenizer=lambda *_: tokenizer):
-        return loading.load_policy(replace(GPU, gradient_checkpointing=not options.no_checkpointing))
+    device, native = device_and_dtype()
+    lm = random_nf4(mistral(options.layers, options.hidden), device, dtype or native)
+    profile = replace(GPU, gradient_checkpointing=not options.no_checkpointing)
+    return loading.with_adapters(lm, profile), word_tokenizer(lm.config.vocab_size)
 
 
 # ---------------------------------------------------------------- the meter

@@ -114,7 +114,9 @@ def trl(epochs, updates, options):
     from transformers import AutoModelForSequenceClassification
 
     from rlhf_helpers.config import CPU
-    from rlhf_helpers.models import device_and_dtype, keep_gradients, load_causal_lm, quantization_config, resolve
+    from rlhf_helpers.machine import device_and_dtype
+    from rlhf_helpers.models import load_causal_lm, quantization_config, resolve
+    from rlhf_helpers.quirks import keep_gradients
 
     prompts, queries, tokenizer, reward_model = shared_work(updates)
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
@@ -212,7 +214,8 @@ def roofline():
     import torch
 
     from rlhf_helpers.config import CPU
-    from rlhf_helpers.models import device_and_dtype, load_causal_lm
+    from rlhf_helpers.machine import device_and_dtype
+    from rlhf_helpers.models import load_causal_lm
 
     device, _ = device_and_dtype()
     big = torch.ones(2**27, device=device)  # 512 MiB, beyond any cache

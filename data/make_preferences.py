@@ -16,25 +16,22 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from rlhf_helpers.config import CPU
-from rlhf_helpers.data import load_prompts, save_jsonl
 from rlhf_helpers.course.gold import gold_reward, prefers_first
-from rlhf_helpers.models import encode_prompt, load_policy
-from rlhf_helpers.sampling import MergedCopy, sample
+from rlhf_helpers.data import load_prompts, save_jsonl
+from rlhf_helpers.models import load_policy
+from rlhf_helpers.trainer import PPOTrainer
 
 SAMPLES, PAIRS, GAP, BATCH = 12, 5, 1.0, 48
 
 
 def responses_to(prompts, policy, tokenizer, config, seed):
     """{prompt: SAMPLES texts}, sampled from the policy without its adapters."""
-    lm = MergedCopy(policy.pretrained_model).refresh(adapters=False)
+    trainer = PPOTrainer(config, policy, tokenizer=tokenizer)
     generator = torch.Generator().manual_seed(seed)
     jobs, texts = [p for p in prompts for _ in range(SAMPLES)], []
     for start in range(0, len(jobs), BATCH):
-        queries = [encode_prompt(tokenizer, prompt) for prompt in jobs[start : start + BATCH]]
-        ids = sample(
-            lm, queries, config.max_new_tokens, tokenizer.eos_token_id, tokenizer.pad_token_id, config.temperature, generator
-        )
-        texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
+        _, queries = trainer.encode(jobs[start : start + BATCH])
+        texts += trainer.decode(trainer.generate(queries, reference=True, generator=generator))
         print(f"\r{len(texts)} of {len(jobs)} responses", end="", flush=True)
     print()
     by_prompt = {}

@@ -134,18 +134,22 @@ def with_adapters(lm, profile, seed=0):
 # ---------------------------------------------------------------- the forward pass
 
 
+def positions_of(attention_mask):
+    """Position ids (B, L) from a mask (B, L): a pad on the left must not shift the text."""
+    return (attention_mask.cumsum(1) - 1).clamp(min=0)
+
+
 def response_logits(lm, input_ids, attention_mask, response_length):
     """Logits (B, T, V) that predict the last T = `response_length` tokens of `input_ids` (B, P + T).
 
     The prompt is padded on the left and the response on the right, so position P - 1 predicts the first response token in
     every row. The language-model head runs on these T positions only."""
     width = input_ids.shape[1]
-    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # a pad on the left must not shift the text
     predicting = torch.arange(width - response_length - 1, width - 1, device=input_ids.device)
     return lm(
         input_ids=input_ids,
         attention_mask=attention_mask,
-        position_ids=positions,
+        position_ids=positions_of(attention_mask),
         logits_to_keep=predicting,
         use_cache=False,
     ).logits

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from rlhf_helpers import ppo
+from rlhf_helpers.errors import InputError
 from rlhf_helpers.sampling import pad_left
 
 
@@ -19,7 +20,12 @@ class Rollout:
     attention_mask: torch.Tensor  # (B, P + T) 1 on real tokens
     response_ids: torch.Tensor  # (B, T)
     mask: torch.Tensor  # (B, T) bool, from lengths
+    prompts: list = None  # B strings, as they were given to `train`, else decoded from the queries
+    texts: list = None  # B strings: the responses without special tokens, what the reward function reads
     logprobs: torch.Tensor = None  # log pi of each token before the update, nats
+    sampler_logprobs: torch.Tensor = None  # the same as it was drawn; None where that is not known
+    new_logprobs: torch.Tensor = None  # log pi in the update's latest pass
+    first_logprobs: torch.Tensor = None  # log pi in its first pass, before anything moved; NaN for rows that it had not yet met
     ref_logprobs: torch.Tensor = None  # the same under the reference
     values: torch.Tensor = None  # the value head's guess of what is still to come
     kl: torch.Tensor = None  # the penalised quantity, by default logprobs - ref_logprobs
@@ -62,10 +68,45 @@ def fill_rewards(rollout, kl_coef):
     rollout.rewards, rollout.non_score_rewards = ppo.token_rewards(rollout.scores, rollout.kl, rollout.mask, kl_coef)
 
 
-def fill_advantages(rollout, gamma, lam, whiten_rewards=False, total=ppo.alone):
-    """Advantages and returns from rewards and values. `total` sums a number over processes, for the whitening."""
+def gae_advantages(rollout, config, total=ppo.alone):
+    """(advantages, returns), both (B, T), from a Rollout with rewards and values: GAE, whitened over the batch. `total` sums a
+    number over processes. Another function of this shape in `PPOTrainer(advantages=...)` is another algorithm."""
     mask, rewards = rollout.mask, rollout.rewards
-    if whiten_rewards:
+    if config.whiten_rewards:
         rewards = ppo.whiten(rewards, mask, shift_mean=False, total=total)
-    raw, rollout.returns = ppo.gae(rewards, rollout.values, mask, gamma, lam)
-    rollout.advantages = ppo.whiten(raw, mask, total=total)
+    raw, returns = ppo.gae(rewards, rollout.values, mask, config.gamma, config.lam)
+    return ppo.whiten(raw, mask, total=total), returns
+
+
+# ---------------------------------------------------------------- checked input
+
+
+def checked_batch(queries, responses, scores, size, vocabulary, expected=None):
+    """(queries, responses, scores) of one step as lists of `size` CPU LongTensors and one float tensor (B,). Raises InputError that
+    names the row."""
+    for name, given in (("queries", queries), ("responses", responses), ("scores", scores)):
+        if len(given) != size:
+            raise InputError(f"step: {len(given)} {name}; expected {expected or size}")
+    scores = torch.stack([torch.as_tensor(score).detach().float().cpu().reshape(-1) for score in scores])
+    if scores.shape[1] != 1:
+        raise InputError(f"step: a score with {scores.shape[1]} values; expected one number a response")
+    scores = scores[:, 0]
+    for row in (~torch.isfinite(scores)).nonzero().flatten().tolist():
+        raise InputError(f"step: scores[{row}] is {scores[row].item()}; expected a finite number")
+    return checked_ids("query", queries, vocabulary), checked_ids("response", responses, vocabulary), scores
+
+
+def checked_ids(name, sequences, vocabulary):
+    """Token ids as 1-D LongTensors on the CPU. Raises InputError that names the row."""
+    checked = []
+    for row, ids in enumerate(sequences):
+        ids = torch.as_tensor(ids).detach().cpu()
+        if ids.dim() != 1 or ids.dtype not in (torch.long, torch.int):
+            raise InputError(f"{name} {row} is {tuple(ids.shape)} {ids.dtype}; expected a 1-D LongTensor of token ids")
+        if len(ids) == 0:
+            raise InputError(f"{name} {row} is empty; expected at least one token")
+        if ids.min() < 0 or ids.max() >= vocabulary:
+            wrong = ids[(ids < 0) | (ids >= vocabulary)][0].item()
+            raise InputError(f"{name} {row} has token id {wrong}; expected 0 to {vocabulary - 1}")
+        checked.append(ids.long())
+    return checked

@@ -1,24 +1,52 @@
 """Sampling responses. The loop is ours for one reason: what is sampled must be exactly what is scored afterwards, softmax
 (logits / temperature) over the whole vocabulary. `model.generate` would add what the checkpoint's generation_config says
-(top_k is 50 unless told otherwise), and the log-probs of such samples belong to another distribution."""
+(top_k is 50 unless told otherwise), and the log-probs of such samples belong to another distribution.
 
-import bitsandbytes as bnb
+`sample` gives the log-probs it drew with, so that nobody has to believe this: the trainer compares them with its own. On a CPU
+they are equal to the last bit (see `fast.py`, which changes how soon a token comes, never which)."""
+
+import contextlib
+import functools
+import hashlib
+from dataclasses import dataclass
+
 import torch
-from bitsandbytes.functional import dequantize_4bit
-from peft import PeftModel
-from torch import nn
+
+from rlhf_helpers import fast
+from rlhf_helpers.errors import InputError
+from rlhf_helpers.models import last_hidden, positions_of
+
+# What `generate` takes so that calls written for TRL keep working; any other value would change what is sampled.
+NEUTRAL = {
+    "top_k": (0, None), "top_p": (1.0, None), "typical_p": (1.0, None), "min_p": (0.0, None), "repetition_penalty": (1.0, None),
+    "min_length": (-1, 0, None), "min_new_tokens": (0, None), "num_beams": (1, None), "no_repeat_ngram_size": (0, None),
+}  # fmt: skip
+
+
+def refuse_what_is_not_neutral(options):
+    """Raises InputError for a generation option that is unknown, or that would change the distribution."""
+    for name, value in options.items():
+        if name not in NEUTRAL:
+            raise InputError(f"generate: unknown option {name}={value!r}")
+        if value not in NEUTRAL[name]:
+            raise InputError(
+                f"generate: {name}={value!r} would sample from another distribution than the one that is scored; expected {NEUTRAL[name][0]}"
+            )
+
+
+def end_ids(eos_id):
+    """One token id, or several, that end a response, as a tuple. Raises InputError for anything else."""
+    ids = tuple(eos_id) if isinstance(eos_id, (list, tuple)) else (eos_id,)
+    if not ids or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise InputError(f"generate: eos_token_id={eos_id!r}; expected one token id, or a list of them")
+    return ids
 
 
 def pad_left(sequences, pad_id):
     """Lists of 1-D LongTensors to (input_ids, attention_mask), both (B, P), padded on the left: a response must follow its
     prompt without a gap."""
-    width = max(len(s) for s in sequences)
-    ids = torch.full((len(sequences), width), pad_id, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, sequence in enumerate(sequences):
-        ids[row, width - len(sequence) :] = sequence
-        mask[row, width - len(sequence) :] = 1
-    return ids, mask
+    pad = lambda rows, value: torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value, padding_side="left")
+    return pad(list(sequences), pad_id), pad([torch.ones_like(row) for row in sequences], 0)
 
 
 def draw(logits, generator):
@@ -29,86 +57,105 @@ def draw(logits, generator):
     return torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True).clamp(max=logits.shape[1] - 1)
 
 
+class Plain:
+    """Reads tokens through the model itself, with its cache: any architecture, on any device. `read(tokens, attention,
+    positions)`, (B, n), (B, so far), (B, n), gives (logits (B, V), last hidden states (B, H)) at the last place."""
+
+    def __init__(self, lm, device=None):
+        self.lm, self.cache = lm, None
+        self.least_rows = fast.enough_rows() if device is None or device.type == "cpu" else 1
+
+    def read(self, tokens, attention, positions):
+        with last_hidden(self.lm) as hidden:
+            out = self.lm(
+                input_ids=tokens,
+                attention_mask=attention,
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=torch.tensor([tokens.shape[1] - 1], device=tokens.device),  # the number 1 would copy the head B times
+            )
+        self.cache = out.past_key_values
+        return out.logits[:, -1], hidden[-1][:, -1]
+
+
+@dataclass
+class Samples:
+    """Responses as they were drawn; row i of each belongs to response i of length T_i."""
+
+    responses: list  # 1-D LongTensors, the first EOS included
+    logprobs: list  # (T_i,) fp32: log softmax(logits / temperature) of each token, nats
+    hidden: list  # (T_i, H): the last hidden state that each token was drawn from
+
+
+@dataclass
+class Drawn:
+    """How one response was drawn. `generate` leaves it on the tensor that it gives, as `response.drawn`; a tensor made in any
+    other way has none. It counts as long as ids, temperature and weights are those of the drawing."""
+
+    ids: torch.Tensor  # (T,) a copy: the response itself may be changed
+    logprobs: torch.Tensor  # (T,)
+    hidden: torch.Tensor  # (T, H)
+    temperature: float
+    weights: bytes  # a digest of all weights that learn
+
+
+def digest(parameters):
+    """A few bytes that tell whether any of these tensors has changed."""
+    sha = hashlib.sha1(usedforsecurity=False)
+    for parameter in parameters:
+        sha.update(parameter.detach().contiguous().view(torch.uint8).cpu().numpy())
+    return sha.digest()
+
+
+def how_drawn(responses, temperature, weights):
+    """The Drawn of every response, or None where it is missing or no longer true."""
+    notes = [getattr(response, "drawn", None) for response in responses]
+    true = lambda note, ids: note.temperature == temperature and note.weights == weights and torch.equal(note.ids, ids.cpu())
+    return [note if note is not None and true(note, ids) else None for note, ids in zip(notes, responses)]
+
+
 @torch.no_grad()
-def sample(lm, queries, max_new_tokens, eos_id, pad_id, temperature=1.0, generator=None, greedy=False):
-    """Responses to `queries`, both lists of 1-D LongTensors: up to `max_new_tokens` each, cut after the first EOS, which stays."""
+def sample(lm, queries, max_new_tokens, eos_id, pad_id, temperature=1.0, generator=None, greedy=False, reader=None):
+    """Samples for `queries`, a list of 1-D LongTensors: up to `max_new_tokens` each, cut after the first EOS (one id or
+    several), which stays. `reader(n)` makes what reads up to n tokens a row, by default `Plain(lm)`."""
     device = lm.get_input_embeddings().weight.device
-    tokens, attention = (x.to(device) for x in pad_left(queries, pad_id))
-    positions = (attention.cumsum(1) - 1).clamp(min=0)
-    cache, written = None, []
+    ends = torch.tensor(end_ids(eos_id), device=device)
+    reader = reader(max(map(len, queries)) + max_new_tokens) if reader else Plain(lm, device)
+    # A few rows alone may meet other kernels than the many rows of a scoring pass, with other bits: copies keep them company.
+    company = torch.arange(max(len(queries), reader.least_rows)) % len(queries)
+    tokens, attention = (x[company].to(device) for x in pad_left(queries, pad_id))
+    positions, written = positions_of(attention), []
     ended = torch.zeros(len(queries), 1, dtype=torch.bool, device=device)
     for _ in range(max_new_tokens):
-        out = lm(
-            input_ids=tokens,
-            attention_mask=attention,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=torch.tensor([tokens.shape[1] - 1], device=device),  # the number 1 would copy the head B times
-        )
-        cache, logits = out.past_key_values, out.logits[:, -1].float() / temperature  # fp32, as log-probs are taken
-        tokens = logits.argmax(-1, keepdim=True) if greedy else draw(logits, generator)
-        tokens = torch.where(ended, pad_id, tokens)
-        written.append(torch.where(ended, -1, tokens))  # -1: after the end
-        ended |= tokens == eos_id
+        logits, hidden = reader.read(tokens, attention, positions)
+        logits = logits[: len(queries)].float() / temperature  # fp32, as log-probs are taken
+        drawn = logits.argmax(-1, keepdim=True) if greedy else draw(logits, generator)
+        written.append((torch.where(ended, -1, drawn), -nll(logits, drawn), hidden[: len(queries), None]))  # -1: after the end
+        drawn = torch.where(ended, pad_id, drawn)
+        ended |= torch.isin(drawn, ends) & (written[-1][0] >= 0)
         if ended.all():
             break
+        tokens = drawn[company]
         positions = positions[:, -1:] + 1
         attention = torch.cat([attention, torch.ones_like(tokens)], 1)
-    rows = torch.cat(written, 1).cpu()
-    return [row[row >= 0] for row in rows]
+    ids, logprobs, hidden = (torch.cat(parts, 1).cpu() for parts in zip(*written))
+    real = ids >= 0
+    return Samples(*([row[keep] for row, keep in zip(rows, real)] for rows in (ids, logprobs, hidden)))
 
 
-def can_merge(lm):
-    """Whether MergedCopy knows how: plain LoRA with one active adapter, and no module that is trained in full."""
-    if not isinstance(lm, PeftModel):
-        return True
-    config = lm.active_peft_config
-    if any(name.endswith(".base_layer") and not hasattr(layer, "in_features") for name, layer in lm.named_modules()):
-        return False  # LoRA on an embedding
-    return config.peft_type == "LORA" and len(lm.active_adapters) == 1 and not (config.use_dora or config.modules_to_save)
+def nll(logits, ids):
+    """-log softmax of `logits` (B, V), fp32, at `ids` (B, 1): (B, 1), by the arithmetic of ppo.logprobs_from_logits."""
+    return torch.nn.functional.cross_entropy(logits, ids[:, 0], reduction="none")[:, None]
 
 
-class MergedCopy:
-    """A plain copy of a 4-bit policy, its adapters merged in, in the dtype of its embeddings (bf16): for sampling on a CPU.
-
-    Decoding through 4-bit layers spends most of its time unpacking them, once per token; the copy unpacks them once per
-    step. Embeddings and norms are shared with the policy. It decides how fast samples come, never what is learnt: log-probs
-    are always computed again by the policy itself."""
-
-    def __init__(self, lm):
-        base = lm.get_base_model() if isinstance(lm, PeftModel) else lm
-        config = type(base.config).from_dict({k: v for k, v in base.config.to_dict().items() if k != "quantization_config"})
-        config._attn_implementation = base.config._attn_implementation
-        with torch.device("meta"):
-            self.lm = type(base)(config).eval()
-        modules = dict(self.lm.named_modules())
-        self.dtype = base.get_input_embeddings().weight.dtype
-        self.merged = []  # (LoRA layer, the copy's layer)
-        for name, module in base.named_modules():
-            adapted = name.endswith(".base_layer")
-            if adapted or isinstance(module, bnb.nn.Linear4bit):
-                copy = nn.Linear(module.in_features, module.out_features, bias=False, device="meta").eval()  # of Conv1D, too
-                self.lm.set_submodule(name.removesuffix(".base_layer"), copy)
-                copy.weight = nn.Parameter(self.unpacked(module), requires_grad=False)
-                copy.bias = module.bias
-                if adapted:
-                    self.merged.append((base.get_submodule(name.removesuffix(".base_layer")), copy))
-            elif name in modules:
-                modules[name]._parameters.update(module._parameters)
-                modules[name]._buffers.update(module._buffers)
-
-    def unpacked(self, layer):
-        if not isinstance(layer, bnb.nn.Linear4bit):
-            return layer.weight.detach().clone()
-        return dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(self.dtype)
-
-    @torch.no_grad()
-    def refresh(self, adapters=True):
-        """Bring the copy up to date with the adapters (or without them: the reference), and return it."""
-        for lora, copy in self.merged:
-            weight = self.unpacked(lora.base_layer).float()
-            if adapters:
-                weight += lora.get_delta_weight(lora.active_adapters[0])
-            copy.weight.copy_(weight)
-        return self.lm
+@contextlib.contextmanager
+def reader_of(model, reference=None, unpacked=None):
+    """Gives (lm, reader) as `sample` takes them, for the policy `model`, a PolicyWithValueHead; or for its reference:
+    `reference` is another model, or True for the adapters switched off. Dropout is off inside. `unpacked` is `fast.Unpacked`
+    of the policy, or None."""
+    if isinstance(reference, torch.nn.Module):
+        yield reference, None
+        return
+    with model.without_dropout(), model.adapters_off() if reference else contextlib.nullcontext():
+        yield model.pretrained_model, functools.partial(fast.Reader, unpacked, not reference) if unpacked else None

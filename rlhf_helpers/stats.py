@@ -48,7 +48,7 @@ def minibatch_stats(losses, clipped, entropy, logprobs, values, advantages, retu
     }
 
 
-def step_stats(rollout, updates, kl_coef, eos_id, total=ppo.alone):
+def step_stats(rollout, updates, kl_coef, eos_ids, total=ppo.alone):
     """The dict of one step, from its Rollout and the list of its minibatches' stats. `ppo/*` are means over minibatches.
     `total` sums a number over processes: floats are those of all, arrays of this process."""
     mask, device = rollout.mask, rollout.mask.device
@@ -58,7 +58,7 @@ def step_stats(rollout, updates, kl_coef, eos_id, total=ppo.alone):
     kl = torch.where(mask, rollout.kl, 0.0).sum(1)
     lengths = rollout.lengths.float()
     query_lengths = torch.tensor([float(len(query)) for query in rollout.queries], device=device)
-    ended = torch.tensor([float(eos_id in response) for response in rollout.responses], device=device)
+    ended = torch.tensor([float(bool(set(eos_ids) & set(response.tolist()))) for response in rollout.responses], device=device)
     stats = {
         "objective/kl": mean(kl),
         "objective/kl_dist": kl.cpu().numpy(),
@@ -88,3 +88,16 @@ def step_stats(rollout, updates, kl_coef, eos_id, total=ppo.alone):
     returns_var = stats["ppo/returns/var"]
     stats["ppo/val/var_explained"] = 1 - stats["ppo/val/error"] / returns_var if returns_var else math.nan
     return stats
+
+
+def sampler_stats(rollout, accelerator, logprobs):
+    """How far the sampler is from the policy that learns, over all processes: with d = the sampler's minus the trainer's log-prob
+    of a token (`logprobs`, (B, T)), objective/sampler_kl is e^-d - 1 + d summed over a response and averaged (k3, nats), and
+    objective/sampler_max_diff the largest |d|. NaN for responses that `generate` did not give."""
+    if rollout.sampler_logprobs is None:
+        difference = torch.full_like(rollout.mask, math.nan, dtype=torch.float32)
+    else:
+        difference = torch.where(rollout.mask, rollout.sampler_logprobs - logprobs, 0.0)
+    per_response = (torch.exp(-difference) - 1 + difference).sum(1)
+    kl, largest = (accelerator.gather(x) for x in (per_response, difference.abs().amax()[None]))
+    return {"objective/sampler_kl": kl.mean().item(), "objective/sampler_max_diff": largest.max().item()}

@@ -3,8 +3,8 @@
 Left out on purpose: a separate critic (the value head shares the policy's body), score scaling by running moments (scores
 are standardised once, by the reward model), response masks with gaps, encoder-decoder models, uploading to a hub."""
 
-import contextlib
 import copy
+import functools
 import math
 import time
 import warnings
@@ -13,59 +13,42 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from rlhf_helpers import ppo
+from rlhf_helpers import fast, ppo
 from rlhf_helpers.checkpoint import load_checkpoint, save_checkpoint
 from rlhf_helpers.config import project_root
-from rlhf_helpers.models import (
-    PolicyWithValueHead,
-    device_and_dtype,
-    encode_prompt,
-    give_back_large_blocks,
-    is_4bit,
-    response_logits,
-)
-from rlhf_helpers.rollout import collate, fill_advantages, fill_rewards
-from rlhf_helpers.sampling import MergedCopy, can_merge, sample
-from rlhf_helpers.stats import minibatch_stats, step_stats
-
-# What `generate` takes so that calls written for TRL keep working; any other value would change what is sampled.
-NEUTRAL = {
-    "top_k": (0, None), "top_p": (1.0, None), "typical_p": (1.0, None), "min_p": (0.0, None), "repetition_penalty": (1.0, None),
-    "min_length": (-1, 0, None), "min_new_tokens": (0, None), "num_beams": (1, None), "no_repeat_ngram_size": (0, None),
-}  # fmt: skip
+from rlhf_helpers.errors import InputError
+from rlhf_helpers.interrupts import finishing
+from rlhf_helpers.machine import device_and_dtype
+from rlhf_helpers.models import PolicyWithValueHead, encode_prompt, eos_ids, is_4bit, response_logits
+from rlhf_helpers.quirks import give_back_large_blocks
+from rlhf_helpers.rollout import checked_batch, checked_ids, collate, fill_rewards, gae_advantages
+from rlhf_helpers.sampling import Drawn, digest, end_ids, how_drawn, reader_of, refuse_what_is_not_neutral, sample
+from rlhf_helpers.stats import minibatch_stats, sampler_stats, step_stats
 
 
 class PPOTrainer:
     """PPO on a policy with a value head, after Ziegler et al. 2019 and TRL 0.11.4's trainer of the same name.
 
     `model` is a PolicyWithValueHead. `ref_model` is a causal LM or PolicyWithValueHead that is used as given, or None: the
-    adapters switched off (a model without adapters is copied and frozen instead). After `step`, `rollout` holds every tensor
-    of the step, (B, T) over response tokens; `history` holds the scalar stats of all steps. `permutation`, a function of n,
-    orders the minibatches of each epoch and may be replaced."""
+    adapters switched off (a model without adapters is copied and frozen instead). `advantages` is what makes them of a
+    rollout, by default GAE. After `step`, `rollout` holds every tensor of the step, (B, T) over response tokens; `history`
+    holds the scalar stats of all steps. `permutation`, a function of n, orders the minibatches and may be replaced."""
 
-    def __init__(self, config, model, ref_model=None, tokenizer=None):
-        if not isinstance(model, PolicyWithValueHead):
-            raise TypeError(f"model is a {type(model).__name__}; expected PolicyWithValueHead(your_causal_lm)")
-        if tokenizer is None or tokenizer.pad_token_id is None:
-            raise ValueError("tokenizer: expected one with a pad token (models.load_tokenizer gives one)")
-        if is_4bit(model) and not model.has_adapters:
-            raise ValueError(
-                "the policy has 4-bit weights and no adapters: 4-bit weights get no gradient, so only scraps of it would train; "
-                "expected a PEFT model, e.g. peft.get_peft_model(model, LoraConfig(task_type='CAUSAL_LM'))"
-            )
-        self.config, self.tokenizer = config, tokenizer
+    def __init__(self, config, model, ref_model=None, tokenizer=None, advantages=gae_advantages):
+        check_parts(config, model, ref_model, tokenizer)
+        self.config, self.tokenizer, self.advantages = config, tokenizer, advantages
         on_cpu = device_and_dtype()[0].type == "cpu"  # said aloud, else Accelerate would not join several processes on a CPU
         if on_cpu:
             give_back_large_blocks()
-        self.accelerator = Accelerator(cpu=on_cpu, log_with=config.log_with, project_dir=project_root() / "output" / "tracking")
+        self.accelerator = Accelerator(  # no autocast, whatever `accelerate config` says: it would reach scoring, and not sampling
+            cpu=on_cpu, mixed_precision="no", log_with=config.log_with, project_dir=project_root() / "output" / "tracking"
+        )
         if config.log_with:
             self.accelerator.init_trackers("rlhf-ppo", config={k: v for k, v in vars(config).items() if v is not None})
         if ref_model is None and not model.has_adapters:
             ref_model = copy.deepcopy(model.pretrained_model)
         if isinstance(ref_model, PolicyWithValueHead):
             ref_model = ref_model.pretrained_model
-        if ref_model is model.pretrained_model:
-            raise ValueError("ref_model is the policy itself; expected None (its adapters switched off) or another model")
         self.ref_model = None if ref_model is None else self._frozen(ref_model)
 
         policy_params = [p for p in model.pretrained_model.parameters() if p.requires_grad]
@@ -76,17 +59,23 @@ class PPOTrainer:
         self.policy, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.model = self.accelerator.unwrap_model(self.policy)
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.device = self.accelerator.device
+        self.device, self.eos_ids = self.accelerator.device, eos_ids(self.model.pretrained_model, tokenizer)
         self.generator = torch.Generator().manual_seed(config.seed + 1000 * self.accelerator.process_index)
         self.total = lambda number: self.accelerator.reduce(number, "sum")  # over processes; with one, the number itself
         self.permutation = lambda n: torch.randperm(n, generator=self.generator).tolist()
         self.kl_coef = config.init_kl_coef
         self.steps_done, self.history, self.rollout = 0, [], None
-        self._merged = None  # the copy that samples on a CPU, made at first use
+        self.sampler_is_exact = False  # until a step has shown that the sampler's log-probs are the trainer's, bit for bit
 
     def _frozen(self, lm):
         """The reference as it is given: no gradients, no dropout, on the policy's device."""
         return (lm if is_4bit(lm) else lm.to(self.accelerator.device)).requires_grad_(False).eval()
+
+    @functools.cached_property
+    def unpacked(self):
+        """What makes sampling fast on a CPU, made at first use; None where the plain way is taken."""
+        lm = self.model.pretrained_model
+        return fast.Unpacked(lm) if fast.can_unpack(lm) else None
 
     # ------------------------------------------------------------ generate
 
@@ -95,47 +84,25 @@ class PPOTrainer:
         """Sample one response per query (1-D LongTensors in, 1-D LongTensors out), cut after its first EOS.
 
         The policy's own distribution at the config's temperature is sampled, whole: an option that would change it (top_k,
-        top_p, penalties, another temperature) raises ValueError. `reference=True` samples from the reference."""
+        top_p, penalties, another temperature) raises InputError. `reference=True` samples from the reference."""
         temperature = self.config.temperature if temperature is None else temperature
         greedy = greedy or kwargs.pop("do_sample", True) is False
         if not greedy and temperature != self.config.temperature:
-            raise ValueError(
+            raise InputError(
                 f"generate: temperature {temperature} is not PPOConfig.temperature {self.config.temperature}, at which log-probs are taken"
             )
-        eos_id = kwargs.pop("eos_token_id", self.tokenizer.eos_token_id)
-        if not isinstance(eos_id, int):
-            raise ValueError(f"generate: eos_token_id={eos_id!r}; expected one token id")
-        pad_id = kwargs.pop("pad_token_id", self.tokenizer.pad_token_id)
-        for name, value in kwargs.items():
-            if name not in NEUTRAL:
-                raise ValueError(f"generate: unknown option {name}={value!r}")
-            if value not in NEUTRAL[name]:
-                raise ValueError(
-                    f"generate: {name}={value!r} would sample from another distribution than the one that is scored; expected {NEUTRAL[name][0]}"
-                )
-        queries = self._sequences("query", queries)
-        size = batch_size or len(queries)
-        responses = []
-        with self._sampler(reference) as lm:
-            for start in range(0, len(queries), size):
-                responses += sample(
-                    lm, queries[start : start + size], max_new_tokens or self.config.max_new_tokens, eos_id, pad_id,
-                    temperature, generator or self.generator, greedy,
-                )  # fmt: skip
+        eos, pad_id = end_ids(kwargs.pop("eos_token_id", self.eos_ids)), kwargs.pop("pad_token_id", self.tokenizer.pad_token_id)
+        refuse_what_is_not_neutral(kwargs)
+        queries = checked_ids("query", queries, self.model.config.get_text_config().vocab_size)
+        size, length = batch_size or len(queries), max_new_tokens or self.config.max_new_tokens
+        responses, weights = [], None if reference else digest(self.parameters)
+        with reader_of(self.model, reference and (self.ref_model or True), self.unpacked) as (lm, reader):
+            for rows in (queries[start : start + size] for start in range(0, len(queries), size)):
+                drawn = sample(lm, rows, length, eos, pad_id, temperature, generator or self.generator, greedy, reader)
+                responses += drawn.responses
+                for response, logprobs, hidden in zip(drawn.responses, drawn.logprobs, drawn.hidden):
+                    response.drawn = Drawn(response.clone(), logprobs, hidden, temperature, weights)
         return [torch.cat([q, r]) for q, r in zip(queries, responses)] if return_prompt else responses
-
-    @contextlib.contextmanager
-    def _sampler(self, reference):
-        """Gives the model to sample from: on a CPU a merged copy of a 4-bit policy, else the policy itself."""
-        if reference and self.ref_model is not None:
-            yield self.ref_model
-        elif self.device.type == "cpu" and is_4bit(self.model) and can_merge(self.model.pretrained_model):
-            self._merged = self._merged or MergedCopy(self.model.pretrained_model)
-            yield self._merged.refresh(adapters=not reference)
-        else:
-            adapters = self.model.adapters_off() if reference else contextlib.nullcontext()
-            with self.model.without_dropout(), adapters:
-                yield self.model.pretrained_model
 
     def decode(self, responses):
         """The texts of responses, without special tokens: what the reward function reads."""
@@ -146,23 +113,26 @@ class PPOTrainer:
     def train(self, prompts, reward_fn, steps=None, on_step=None):
         """`steps` more PPO steps (by default one pass over the prompts), fewer if the KL budget is spent. `reward_fn(prompts,
         responses)` takes two lists of str and returns a number for each; `on_step(trainer, stats)` is called after every
-        step. Returns the history."""
+        step. Returns the history. Ctrl-C, or a notebook's stop button, is heard after a whole step (`interrupts.Interrupted`);
+        the next call goes on from there."""
         prompts, queries = self.encode(prompts)
-        for _ in range(max(1, len(prompts) // self.config.batch_size) if steps is None else steps):
-            if self.kl_budget_spent():
-                break
-            rows = self.next_rows(len(prompts))
-            batch, batch_queries = [prompts[i] for i in rows], [queries[i] for i in rows]
-            clock = time.perf_counter()
-            responses = self.generate(batch_queries)
-            generated = time.perf_counter()
-            scores = reward_fn(batch, self.decode(responses))
-            scored = time.perf_counter()
-            stats = self.step(batch_queries, responses, scores)
-            stats |= {"time/generate": generated - clock, "time/reward": scored - generated}
-            self.history[-1] |= {"time/generate": generated - clock, "time/reward": scored - generated}
-            if on_step:
-                on_step(self, stats)
+        once = max(1, len(prompts) // (self.config.batch_size * self.accelerator.num_processes))
+        with finishing() as asked:
+            for _ in range(once if steps is None else steps):
+                if self.kl_budget_spent():
+                    break
+                rows = self.next_rows(len(prompts))
+                batch, batch_queries = [prompts[i] for i in rows], [queries[i] for i in rows]
+                clock = Clock()
+                responses = self.generate(batch_queries)
+                clock.lap("time/generate")
+                scores = reward_fn(batch, self.decode(responses))
+                clock.lap("time/reward")
+                stats = self.step(batch_queries, responses, scores, batch) | clock.laps
+                self.history[-1] |= clock.laps
+                if on_step:
+                    on_step(self, stats)
+                asked.check()
         return self.history
 
     def kl_budget_spent(self):
@@ -178,7 +148,7 @@ class PPOTrainer:
         if len(kept) < len(prompts):
             warnings.warn(f"skipped {len(prompts) - len(kept)} of {len(prompts)} prompts: longer than {room} tokens", stacklevel=2)
         if not kept:
-            raise ValueError(f"prompts: none of {len(prompts)} fits into {room} tokens")
+            raise InputError(f"prompts: none of {len(prompts)} fits into {room} tokens")
         return [prompt for prompt, _ in kept], [query for _, query in kept]
 
     def next_rows(self, n):
@@ -194,66 +164,81 @@ class PPOTrainer:
 
     # ------------------------------------------------------------ step
 
-    def step(self, queries, responses, scores):
+    def step(self, queries, responses, scores, prompts=None):
         """One PPO update. `queries` and `responses`: batch_size 1-D LongTensors of token ids each, as they were sampled;
-        `scores`: batch_size numbers. Returns the stats under TRL 0.11's keys. Bad input raises ValueError before anything
+        `scores`: batch_size numbers. Returns the stats under TRL 0.11's keys. Bad input raises InputError before anything
         changes; RuntimeError if an adapter got no gradient."""
-        started = time.perf_counter()
-        rollout = self._collect(*self._checked(queries, responses, scores), total=self.total)
-        self.rollout = rollout
-        collected = time.perf_counter()
+        clock, config = Clock(), self.config
+        skip = self.sampler_is_exact and config.kl_penalty != "full" and self._group_size() == config.batch_size
+        rollout = self.rollout = self._collect(queries, responses, scores, config.batch_size, self.total, clock, prompts, skip)
         updates = self._optimize(rollout)
-        optimized = time.perf_counter()
-        stats = step_stats(rollout, updates, self.kl_coef, self.tokenizer.eos_token_id, self.total)
-        stats |= {"ppo/learning_rate": self.config.learning_rate, **self._times}
-        if self.config.adap_kl_ctrl:
-            n_samples = self.config.batch_size * self.accelerator.num_processes
-            self.kl_coef = ppo.next_kl_coef(self.kl_coef, stats["objective/kl"], self.config.target, self.config.horizon, n_samples)
-        ended = time.perf_counter()
-        stats["time/ppo/optimize_step"] = optimized - collected
-        stats["time/ppo/calc_stats"] = ended - optimized
-        stats["time/ppo/total"] = ended - started
+        clock.lap("time/ppo/optimize_step")
+        stats = step_stats(rollout, updates, self.kl_coef, self.eos_ids, self.total)
+        stats |= sampler_stats(rollout, self.accelerator, rollout.first_logprobs if skip else rollout.logprobs)
+        self.sampler_is_exact = stats["objective/sampler_max_diff"] == 0
+        clock.lap("time/ppo/calc_stats")
+        stats |= {"ppo/learning_rate": config.learning_rate, **clock.laps, "time/ppo/total": sum(clock.laps.values())}
+        if config.adap_kl_ctrl and math.isfinite(stats["objective/kl"]):
+            n_samples = config.batch_size * self.accelerator.num_processes
+            self.kl_coef = ppo.next_kl_coef(self.kl_coef, stats["objective/kl"], config.target, config.horizon, n_samples)
         self.steps_done += 1
         scalars = {name: value for name, value in stats.items() if isinstance(value, (int, float))}
         self.history.append({"step": self.steps_done, **scalars})
-        if self.config.log_with:
+        if config.log_with:
             self.accelerator.log(scalars, step=self.steps_done)
         return stats
 
     def inspect(self, queries, responses, scores=None):
         """The Rollout that `step` would learn from, without learning; for any number of responses. Without scores, they are 0."""
         scores = torch.zeros(len(responses)) if scores is None else scores
-        return self._collect(*self._checked(queries, responses, scores, size=len(queries)))
+        return self._collect(queries, responses, scores, len(queries))
 
-    def _collect(self, queries, responses, scores, total=ppo.alone):
+    def _collect(self, queries, responses, scores, size, total=ppo.alone, clock=None, prompts=None, skip=False):
         """The rollout: log-probs under policy and reference, values, rewards, advantages, returns. No gradients. `total`
-        makes the whitening that of all processes."""
-        config, clock = self.config, time.perf_counter()
+        makes the whitening that of all processes; with `skip`, what the sampler noted takes the place of the policy's pass."""
+        config, clock, tokenizer = self.config, clock or Clock(), self.tokenizer
+        notes = how_drawn(responses, config.temperature, digest(self.parameters))
+        expected = f"{size}" if size != config.batch_size else f"PPOConfig.batch_size = {size}"
+        vocabulary = self.model.config.get_text_config().vocab_size
+        queries, responses, scores = checked_batch(queries, responses, scores, size, vocabulary, expected)
         if config.score_clip is not None:
             scores = scores.clamp(-config.score_clip, config.score_clip)
         if config.missing_eos_penalty is not None:
-            unfinished = torch.tensor([self.tokenizer.eos_token_id not in response for response in responses])
+            unfinished = torch.tensor([not set(self.eos_ids) & set(response.tolist()) for response in responses])
             scores = scores - config.missing_eos_penalty * unfinished
-        rollout = collate(queries, responses, scores, self.tokenizer.pad_token_id, self.device)
+        rollout = collate(queries, responses, scores, tokenizer.pad_token_id, self.device)
+        rollout.texts, rollout.prompts = self.decode(responses), prompts or tokenizer.batch_decode(queries)
+        hidden = self._fill_drawn(rollout, notes)
         chunks = torch.arange(len(rollout), device=self.device).split(config.mini_batch_size)
-        parts = [self._score_tokens(rollout, rows) for rows in chunks]
+        parts = [self._score_tokens(rollout, rows, hidden if skip else None) for rows in chunks]
         rollout.logprobs, rollout.ref_logprobs, rollout.values, rollout.kl = (torch.cat(part) for part in zip(*parts))
-        self._times = {"time/ppo/forward_pass": time.perf_counter() - clock}
-        clock = time.perf_counter()
+        clock.lap("time/ppo/forward_pass")
         fill_rewards(rollout, self.kl_coef)
-        self._times["time/ppo/compute_rewards"] = time.perf_counter() - clock
-        clock = time.perf_counter()
-        fill_advantages(rollout, config.gamma, config.lam, config.whiten_rewards, total)
-        self._times["time/ppo/compute_advantages"] = time.perf_counter() - clock
+        clock.lap("time/ppo/compute_rewards")
+        rollout.advantages, rollout.returns = self.advantages(rollout, config, total)
+        clock.lap("time/ppo/compute_advantages")
         return rollout
 
+    def _fill_drawn(self, rollout, notes):
+        """Gives the rollout its `sampler_logprobs`, where all responses know how they were drawn. Returns their hidden states
+        (B, T, H), or None."""
+        if None in notes:
+            return None
+        pad = lambda parts: torch.nn.utils.rnn.pad_sequence(parts, batch_first=True).to(self.device)
+        rollout.sampler_logprobs = pad([note.logprobs for note in notes])
+        return pad([note.hidden for note in notes])
+
     @torch.no_grad()
-    def _score_tokens(self, rollout, rows):
-        """(logprobs, ref_logprobs, values, kl) of some rows, by the forward pass that training uses, at the same shapes."""
+    def _score_tokens(self, rollout, rows, hidden=None):
+        """(logprobs, ref_logprobs, values, kl) of some rows, by the forward pass that training uses, at the same shapes; or, where
+        the sampler's `hidden` states (B, T, H) are given, without the policy's pass."""
         ids, mask, temperature = rollout.response_ids[rows], rollout.mask[rows], self.config.temperature
         with self.model.without_dropout():
-            logits, values = self.model(*rollout.inputs(rows))
-            logprobs = ppo.logprobs_from_logits(logits, ids, mask, temperature)
+            if hidden is None:
+                logits, values = self.model(*rollout.inputs(rows))
+                logprobs = ppo.logprobs_from_logits(logits, ids, mask, temperature)
+            else:
+                logits, values, logprobs = None, self.model.v_head(hidden[rows]), rollout.sampler_logprobs[rows]
             if self.config.kl_penalty != "full":
                 del logits  # the largest tensor of all, (B, T, vocabulary)
             ref_logits = self._reference_logits(rollout, rows)
@@ -270,13 +255,20 @@ class PPOTrainer:
         with self.model.adapters_off():
             return response_logits(self.model.pretrained_model, *rollout.inputs(rows))
 
+    def _group_size(self):
+        """Responses of one optimizer step."""
+        return self.config.mini_batch_size * self.config.gradient_accumulation_steps
+
     def _optimize(self, rollout):
         """All epochs of one step. Returns the stats of every minibatch, a list of dicts."""
         config, updates = self.config, []
+        rollout.new_logprobs = torch.full_like(rollout.logprobs, math.nan)
         for _ in range(config.ppo_epochs):
             order = torch.as_tensor(np.asarray(self.permutation(len(rollout))), device=self.device)
-            for group in order.split(config.mini_batch_size * config.gradient_accumulation_steps):
+            for group in order.split(self._group_size()):
                 updates += self._update(rollout, group)
+                if rollout.first_logprobs is None:  # those of this group were taken before anything moved
+                    rollout.first_logprobs = rollout.new_logprobs.clone()
             if config.early_stopping and updates[-1]["policy/policykl"] > 1.5 * config.target_kl:
                 break
         return updates
@@ -285,6 +277,7 @@ class PPOTrainer:
         """One optimizer step on the rows `group`, a minibatch at a time. A token counts the same in whichever minibatch, and
         on whichever process, it is, so that accumulation gives the gradient of the whole group."""
         updates, usable = [], True
+        self.optimizer.zero_grad()  # an update before this one may have been interrupted
         tokens_per_process = self.total(rollout.mask[group].sum()) / self.accelerator.num_processes  # gradients are averaged
         with self.model.without_dropout(checkpointing=True):
             for rows in group.split(self.config.mini_batch_size):
@@ -301,7 +294,7 @@ class PPOTrainer:
         return updates
 
     def _minibatch(self, rollout, rows):
-        """(loss, stats) of one minibatch, with gradients."""
+        """(loss, stats) of one minibatch, the loss with gradients."""
         config, mask = self.config, rollout.mask[rows]
         old_logprobs, old_values = rollout.logprobs[rows], rollout.values[rows]
         advantages, returns = rollout.advantages[rows], rollout.returns[rows]
@@ -315,6 +308,7 @@ class PPOTrainer:
         loss = policy_loss + config.vf_coef * value_loss
 
         with torch.no_grad():
+            rollout.new_logprobs[rows] = logprobs
             stats = minibatch_stats(
                 losses=(policy_losses, value_losses),
                 clipped=(policy_clipped, value_clipped),
@@ -335,49 +329,51 @@ class PPOTrainer:
                 self.optimizer.zero_grad()
                 raise RuntimeError(
                     f"adapter {name} got no gradient: it would never train. Was the 4-bit model run outside PolicyWithValueHead "
-                    "and repacked by bitsandbytes? See models.keep_gradients"
+                    "and repacked by bitsandbytes? See quirks.keep_gradients"
                 )
 
     # ------------------------------------------------------------ save and resume
 
-    def save(self, folder):
+    def save(self, folder, extra=None):
         """Keep everything in one folder: the adapters (plain PEFT loads them), the value head (where TRL looks for it), Adam,
-        KL coefficient, random states, history. The folder appears whole or not at all."""
-        save_checkpoint(self, folder)
+        KL coefficient, random states, history. The folder appears whole or not at all. `extra`: what else JSON can hold."""
+        save_checkpoint(self, folder, extra)
         self.accelerator.wait_for_everyone()
 
-    def resume(self, folder):
-        """Go on from a folder made by `save`, bitwise on a CPU. Raises ValueError, changing nothing, if it does not fit."""
-        load_checkpoint(self, folder)
+    def resume(self, folder, strict=True):
+        """Go on from a folder made by `save`, bitwise on a CPU. Raises InputError, changing nothing, if it does not fit: by default
+        its settings must be those of this trainer."""
+        load_checkpoint(self, folder, strict)
+        self.sampler_is_exact = False
 
-    # ------------------------------------------------------------ checks
 
-    def _checked(self, queries, responses, scores, size=None):
-        """(queries, responses, scores) as lists of CPU LongTensors and one float tensor, or ValueError."""
-        expected = f"{size}" if size else f"PPOConfig.batch_size = {self.config.batch_size}"
-        size = size or self.config.batch_size
-        for name, given in (("queries", queries), ("responses", responses), ("scores", scores)):
-            if len(given) != size:
-                raise ValueError(f"step: {len(given)} {name}; expected {expected}")
-        scores = torch.stack([torch.as_tensor(score).detach().float().cpu().reshape(-1) for score in scores])
-        if scores.shape[1] != 1:
-            raise ValueError(f"step: a score with {scores.shape[1]} values; expected one number a response")
-        scores = scores[:, 0]
-        for row in (~torch.isfinite(scores)).nonzero().flatten().tolist():
-            raise ValueError(f"step: scores[{row}] is {scores[row].item()}; expected a finite number")
-        return self._sequences("query", queries), self._sequences("response", responses), scores
+class Clock:
+    """Seconds between laps, by name, in `laps`."""
 
-    def _sequences(self, name, sequences):
-        """Token ids as 1-D LongTensors on the CPU, each checked."""
-        vocabulary, checked = self.model.config.get_text_config().vocab_size, []
-        for row, ids in enumerate(sequences):
-            ids = torch.as_tensor(ids).detach().cpu()
-            if ids.dim() != 1 or ids.dtype not in (torch.long, torch.int):
-                raise ValueError(f"{name} {row} is {tuple(ids.shape)} {ids.dtype}; expected a 1-D LongTensor of token ids")
-            if len(ids) == 0:
-                raise ValueError(f"{name} {row} is empty; expected at least one token")
-            if ids.min() < 0 or ids.max() >= vocabulary:
-                wrong = ids[(ids < 0) | (ids >= vocabulary)][0].item()
-                raise ValueError(f"{name} {row} has token id {wrong}; expected 0 to {vocabulary - 1}")
-            checked.append(ids.long())
-        return checked
+    def __init__(self):
+        self.laps, self.last = {}, time.perf_counter()
+
+    def lap(self, name):
+        now = time.perf_counter()
+        self.laps[name], self.last = now - self.last, now
+
+
+def check_parts(config, model, ref_model, tokenizer):
+    """Raises TypeError or InputError for parts that do not make a trainer."""
+    if not isinstance(model, PolicyWithValueHead):
+        raise TypeError(f"model is a {type(model).__name__}; expected PolicyWithValueHead(your_causal_lm)")
+    if tokenizer is None or tokenizer.pad_token_id is None:
+        raise InputError("tokenizer: expected one with a pad token (models.load_tokenizer gives one)")
+    if is_4bit(model) and not model.has_adapters:
+        raise InputError(
+            "the policy has 4-bit weights and no adapters: 4-bit weights get no gradient, so only scraps of it would train; "
+            "expected a PEFT model, e.g. peft.get_peft_model(model, LoraConfig(task_type='CAUSAL_LM'))"
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            raise InputError(
+                f"parameter {name} is {str(parameter.dtype)[6:]} and would learn: an update far smaller than a weight is lost in its "
+                "rounding; expected fp32 (model.float()), or a frozen model with LoRA adapters"
+            )
+    if (ref_model.pretrained_model if isinstance(ref_model, PolicyWithValueHead) else ref_model) is model.pretrained_model:
+        raise InputError("ref_model is the policy itself; expected None (its adapters switched off) or another model")

@@ -31,8 +31,9 @@ from transformers.utils import logging as transformers_logging
 
 from rlhf_helpers.config import CPU, project_root
 from rlhf_helpers.data import load_prompts, save_jsonl
-from rlhf_helpers.machine import peak_megabytes
-from rlhf_helpers.models import device_and_dtype, encode_prompt, keep_gradients, load_policy, resolve
+from rlhf_helpers.machine import device_and_dtype, peak_megabytes
+from rlhf_helpers.models import encode_prompt, load_policy, resolve
+from rlhf_helpers.quirks import keep_gradients
 from rlhf_helpers.reward import RewardModel, base_samples, ensure_reward_model
 from rlhf_helpers.trainer import PPOTrainer
 

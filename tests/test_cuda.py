@@ -35,9 +35,7 @@ def cuda(test):
 def make_trainer(folder, checkpointing=False, dtype=None):
     """A trainer on the tiny NF4 Llama of `folder`, on the card if there is one; `dtype` is computed in, if given."""
     profile = Profile(name="tiny", model=str(folder), lora_r=4, gradient_checkpointing=checkpointing)
-    device, default = models.device_and_dtype()
-    with mock.patch.object(models, "device_and_dtype", lambda: (device, getattr(torch, dtype) if dtype else default)):
-        policy, tokenizer = models.load_policy(profile)
+    policy, tokenizer = models.load_policy(profile, dtype=dtype and getattr(torch, dtype))
     return PPOTrainer(PPOConfig(**SETTINGS), policy, None, tokenizer)
 
 

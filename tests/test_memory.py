@@ -8,7 +8,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 
-from rlhf_helpers import memory
+from rlhf_helpers import machine, memory
 from rlhf_helpers.models import PolicyWithValueHead
 from tests import tiny
 

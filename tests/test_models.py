@@ -13,7 +13,6 @@ from rlhf_helpers.models import (
     PolicyWithValueHead,
     encode_prompt,
     is_4bit,
-    keep_gradients,
     load_causal_lm,
     load_policy,
     load_tokenizer,
@@ -21,6 +20,7 @@ from rlhf_helpers.models import (
     response_logits,
 )
 from rlhf_helpers.sampling import pad_left
+from rlhf_helpers.quirks import keep_gradients
 from tests import tiny
 
 PROFILE = dict(name="tiny", lora_r=4, lora_alpha=8)
@@ -273,7 +273,7 @@ def test_the_adapters_are_peft_s(nf4):
 def test_freed_blocks_of_megabytes_go_back_to_the_system_at_once():
     script = """
 import re, sys, torch
-from rlhf_helpers.models import give_back_large_blocks
+from rlhf_helpers.quirks import give_back_large_blocks
 if sys.argv[1] == "yes":
     give_back_large_blocks()
 held = lambda: int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024

@@ -72,7 +72,7 @@ def test_a_gpt2_in_4_bits_is_a_policy_too(tmp_path):
     trainer = PPOTrainer(PPOConfig(batch_size=4, mini_batch_size=4, max_new_tokens=8), policy, tokenizer=tokenizer)
     queries = tiny.batch()[0]
     with trainer.model.without_dropout():
-        own = sample(policy.pretrained_model, queries, 8, tiny.EOS, tiny.PAD, greedy=True)
+        own = sample(policy.pretrained_model, queries, 8, tiny.EOS, tiny.PAD, greedy=True).responses
     assert [row.tolist() for row in trainer.generate(queries, greedy=True)] == [row.tolist() for row in own]
     stats = trainer.step(queries, trainer.generate(queries), [1.0, 0.0, -1.0, 2.0])
     assert stats["objective/kl"] == 0 and all(p.abs().sum() > 0 for p in tiny.adapters(trainer).values())

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_helpers.rollout import collate, fill_advantages, fill_rewards
+from rlhf_helpers.config import PPOConfig
+from rlhf_helpers.rollout import collate, fill_rewards, gae_advantages
 from tests import tiny
 from tests.tiny import EOS, PAD
 
@@ -19,7 +20,7 @@ def filled(queries, responses, scores, whiten_rewards=False):
     rollout.logprobs, rollout.ref_logprobs, rollout.values = (torch.where(rollout.mask, x, 0.0) for x in numbers)
     rollout.kl = rollout.logprobs - rollout.ref_logprobs
     fill_rewards(rollout, 0.2)
-    fill_advantages(rollout, 1.0, 0.95, whiten_rewards)
+    rollout.advantages, rollout.returns = gae_advantages(rollout, PPOConfig(whiten_rewards=whiten_rewards))
     return rollout
 
 

@@ -1,17 +1,22 @@
 """Sampling: what is drawn is softmax(logits / temperature), and how a batch is padded changes nothing."""
 
-import copy
 import math
 
 import pytest
 import torch
 
-from rlhf_helpers.models import PolicyWithValueHead, response_logits
-from rlhf_helpers.sampling import MergedCopy, can_merge, draw, pad_left, sample
+from rlhf_helpers import ppo, sampling
+from rlhf_helpers.errors import InputError
+from rlhf_helpers.sampling import draw, end_ids, pad_left
 from tests import tiny
 from tests.tiny import EOS, PAD
 
 FAMILIES = pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
+
+
+def sample(*args, **kwargs):
+    """The responses alone."""
+    return sampling.sample(*args, **kwargs).responses
 
 
 def generator(seed=0):
@@ -77,16 +82,21 @@ class Script:
 
     def __init__(self, rows, vocabulary=20):
         self.rows, self.vocabulary, self.step, self.widths = rows, vocabulary, 0, []
+        self.head = torch.nn.Identity()
 
     def get_input_embeddings(self):
         return torch.nn.Embedding(1, 1)
 
+    def get_output_embeddings(self):
+        return self.head
+
     def __call__(self, input_ids, past_key_values, **kwargs):
         self.widths.append(input_ids.shape[1])
         self.positions = kwargs["position_ids"]
-        logits = torch.zeros(len(self.rows), 1, self.vocabulary)
+        self.head(torch.zeros(len(input_ids), 1, 4))  # hidden states
+        logits = torch.zeros(len(input_ids), 1, self.vocabulary)
         for row, tokens in enumerate(self.rows):
-            logits[row, 0, tokens[min(self.step, len(tokens) - 1)]] = 100.0
+            logits[row, 0, tokens[min(self.step, len(tokens) - 1)]] = 100.0  # copies of rows may follow
         self.step += 1
         return type("Output", (), dict(logits=logits, past_key_values="cache"))
 
@@ -123,75 +133,48 @@ def test_after_the_prompt_one_token_a_time_is_read_at_the_right_position():
     script = Script([[7], [7]])
     sample(script, [torch.tensor([5, 6, 7]), torch.tensor([5])], 4, EOS, PAD, greedy=True)
     assert script.widths == [3, 1, 1, 1]
-    assert script.positions.tolist() == [[5], [3]]  # the last token read stands behind three others in its own row's count
+    assert script.positions[:2].tolist() == [[5], [3]]  # the last token read stands behind three others in its own row's count
 
 
-# ---------------------------------------------------------------- the merged copy
+def test_any_of_several_ids_ends_a_response():
+    script = Script([[7, 8, 9], [7, EOS, 9], [7, 7, 7]])
+    responses = sample(script, [torch.tensor([5])] * 3, 4, [EOS, 8], PAD, greedy=True)
+    assert [r.tolist() for r in responses] == [[7, 8], [7, EOS], [7] * 4]
 
 
-def inputs():
-    queries, responses, _ = tiny.batch(4, lengths=(6,))
-    ids, mask = pad_left(queries, PAD)
-    return torch.cat([ids, torch.stack(responses)], 1), torch.cat([mask, torch.ones(4, 6, dtype=torch.long)], 1), 6
+@pytest.mark.parametrize("wrong", [None, "2", 1.0, True, [], [1, None]])
+def test_what_is_no_token_id_ends_nothing(wrong):
+    with pytest.raises(InputError, match="eos_token_id"):
+        end_ids(wrong)
 
 
-@torch.no_grad()
-def logprobs(lm):
-    return response_logits(lm, *inputs()).float().log_softmax(-1)
+@FAMILIES
+def test_the_log_probs_it_drew_with_are_those_of_its_tokens(make):
+    lm, queries = make(), tiny.batch(6)[0]
+    samples = sampling.sample(lm, queries, 10, EOS, PAD, 0.7, generator())
+    for query, response, logprobs, hidden in zip(queries, samples.responses, samples.logprobs, samples.hidden):
+        out = lm(input_ids=torch.cat([query, response])[None], output_hidden_states=True)
+        predicting = slice(len(query) - 1, -1)
+        mask = torch.ones(1, len(response), dtype=torch.bool)
+        expected = ppo.logprobs_from_logits(out.logits[:, predicting], response[None], mask, 0.7)[0]
+        torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(hidden, out.hidden_states[-1][0, predicting], atol=1e-5, rtol=1e-5)
+        assert logprobs.dtype == torch.float32
 
 
-@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), "all-linear", None])
-def test_the_merged_copy_says_what_the_policy_says(nf4, targets):
-    lm = nf4(targets=targets, b_scale=0.2)
-    policy = PolicyWithValueHead(lm)
-    merged = MergedCopy(lm).refresh()
-    assert not any(module.training for module in merged.modules())
-    difference = (logprobs(merged) - logprobs(policy.pretrained_model)).abs()
-    assert difference.mean() < 0.03  # bf16 has three digits, and merging rounds once more
-    assert (logprobs(merged).argmax(-1) == logprobs(lm).argmax(-1)).float().mean() > 0.9
-    if targets:
-        with policy.adapters_off():
-            base = logprobs(lm)
-        assert (base - logprobs(lm)).abs().mean() > 10 * difference.mean()  # the adapters matter here
+def test_how_a_response_was_drawn_counts_as_long_as_ids_temperature_and_weights_are_the_same():
+    response = torch.tensor([5, 6])
+    response.drawn = sampling.Drawn(response.clone(), torch.zeros(2), torch.zeros(2, 4), 0.7, b"weights")
+    known = lambda *args: [note is not None for note in sampling.how_drawn(*args)]
+    assert known([response, torch.tensor([5, 6])], 0.7, b"weights") == [True, False]
+    assert known([response], 0.8, b"weights") == known([response], 0.7, b"others") == [False]
+    response[1] = 7
+    assert known([response], 0.7, b"weights") == [False]
 
 
-def test_the_copy_without_adapters_is_the_reference_and_follows_the_adapters_again(nf4):
-    lm = nf4(b_scale=0.2)
-    policy, copied = PolicyWithValueHead(lm), MergedCopy(lm)
-    with policy.adapters_off():
-        reference = logprobs(lm)
-    first = logprobs(copied.refresh())
-    torch.testing.assert_close(logprobs(copied.refresh(adapters=False)), reference, atol=0.1, rtol=0)
-    assert torch.equal(logprobs(copied.refresh()), first)
-    for name, parameter in lm.named_parameters():
-        if "lora_B" in name:
-            parameter.data *= 0.5
-    assert not torch.equal(logprobs(copied.refresh()), first)
-
-
-def test_making_the_copy_changes_nothing_in_the_policy(nf4):
-    lm = nf4(targets="all-linear", b_scale=0.2)
-    PolicyWithValueHead(lm)
-    before = logprobs(lm)
-    MergedCopy(lm).refresh()
-    assert torch.equal(logprobs(lm), before)
-
-
-def test_the_copy_shares_embeddings_and_norms(nf4):
-    lm = nf4()
-    copied = MergedCopy(lm).lm
-    assert copied.get_input_embeddings().weight is lm.get_input_embeddings().weight
-    assert copied.model.norm.weight is lm.get_base_model().model.norm.weight
-    assert not any(p.is_meta for p in copied.parameters()) and not any(b.is_meta for b in copied.buffers())
-
-
-def test_only_plain_lora_is_merged():
-    plain = tiny.with_lora(tiny.llama())
-    assert can_merge(plain) and can_merge(tiny.llama())
-    for change in (dict(use_dora=True), dict(modules_to_save=["lm_head"])):
-        other = copy.deepcopy(plain)
-        vars(other.active_peft_config).update(change)
-        assert not can_merge(other)
-    plain.add_adapter("second", plain.peft_config["default"])
-    plain.base_model.set_adapter(["default", "second"])
-    assert not can_merge(plain)
+def test_a_digest_tells_whether_a_weight_has_changed_however_it_was_done():
+    weights = [torch.zeros(3), torch.zeros(2, 2, dtype=torch.bfloat16)]
+    before = sampling.digest(weights)
+    assert sampling.digest([w.clone() for w in weights]) == before
+    weights[1].data[0, 0] = 1e-3  # past autograd's own counter
+    assert sampling.digest(weights) != before

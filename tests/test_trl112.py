@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
 from rlhf_helpers import ppo
 from rlhf_helpers.config import PPOConfig
-from rlhf_helpers.models import keep_gradients, quantization_config, response_logits
+from rlhf_helpers.models import quantization_config, response_logits
+from rlhf_helpers.quirks import keep_gradients
 from rlhf_helpers.sampling import pad_left
 from tests import tiny
 from tests.tiny import EOS, batch, llama, with_lora

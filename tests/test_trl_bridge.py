@@ -154,8 +154,7 @@ def test_the_values_are_the_heads_on_the_reference_whatever_the_adapters_say():
         value, inputs = ValueOnPolicy(policy), value_inputs()
         values.append(value.score(value.backbone(**inputs).hidden_states[-1])[..., 0])
         with policy.adapters_off(), torch.no_grad():
-            response_logits(policy.pretrained_model, inputs["input_ids"], inputs["attention_mask"].long(), 6)
-            torch.testing.assert_close(values[-1][:, 3:-1], policy.v_head(policy._hidden))
+            torch.testing.assert_close(values[-1][:, 3:-1], policy(inputs["input_ids"], inputs["attention_mask"].long(), 6)[1])
         assert all(p.requires_grad for name, p in policy.named_parameters() if "lora_" in name)
     torch.testing.assert_close(*values)
 

@@ -1,0 +1,166 @@
+"""Sooner, not otherwise: the 4-bit Llama on a CPU with its weights unpacked once. Nothing here teaches PPO, and a reader may
+take it for `sampling.Plain`, which it equals bit for bit (tests/test_fast.py): every operation is the model's own, in its
+dtypes and its order; the adapters are read where they are, beside the weights. It saves four things:
+
+- unpacking 4-bit weights for every token: they are unpacked once per run;
+- plain products of few rows: oneDNN multiplies by weights in a layout of its own (`torch.ops.mkldnn`);
+- three products for q, k and v, and two for gate and up: they are stacked, and a product's columns do not know each other;
+- a cache that grows by copying, and the modules' bookkeeping around 600 small operations a token.
+
+What would cost bits is left out: int8 weights, attention or norms in another precision, adapters merged into the weights."""
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from rlhf_helpers.quirks import is_4bit_layer
+
+STACKS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+
+
+def can_unpack(lm):
+    """Whether this is what the module knows: a 4-bit Llama in bf16 on a CPU with eager attention, no biases, no adapters or plain
+    LoRA ones, and a oneDNN that multiplies in bf16."""
+    base = lm.get_base_model() if isinstance(lm, PeftModel) else lm
+    if type(base) is not LlamaForCausalLM or base.config._attn_implementation != "eager" or base.device.type != "cpu":
+        return False
+    layers = [base_of(linear(layer, name)) for layer in base.model.layers for names in STACKS for name in names]
+    plain = all(is_4bit_layer(layer) and layer.bias is None for layer in layers) and base.lm_head.bias is None
+    silu = base.config.hidden_act == "silu" and base.get_input_embeddings().weight.dtype == torch.bfloat16
+    if not (plain and silu and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return False
+    if not isinstance(lm, PeftModel):
+        return True
+    config = lm.active_peft_config
+    adapted = {id(linear(layer, name)) for layer in base.model.layers for names in STACKS for name in names}
+    known = all(id(module) in adapted for module in base.modules() if hasattr(module, "lora_A"))
+    simple = config.peft_type == "LORA" and not (config.use_dora or config.modules_to_save or config.lora_bias)
+    return known and simple and len(lm.active_adapters) == 1
+
+
+def linear(layer, name):
+    """The module of that name in a Llama's layer."""
+    return getattr(layer.self_attn if name in ("q_proj", "k_proj", "v_proj", "o_proj") else layer.mlp, name)
+
+
+def base_of(module):
+    """The layer under a LoRA layer, or the layer itself."""
+    return getattr(module, "base_layer", module)
+
+
+def unpacked(layer):
+    """A 4-bit layer's weights in bf16, (out, in)."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(torch.bfloat16)
+
+
+class Unpacked:
+    """The layers of a 4-bit Llama, ready to be read: for each the stacked weights in oneDNN's layout, and the LoRA modules
+    beside them. Made once; the adapters may go on learning."""
+
+    def __init__(self, lm):
+        self.lm = lm.get_base_model() if isinstance(lm, PeftModel) else lm
+        self.layers = [Layer(layer) for layer in self.lm.model.layers]
+
+
+class Layer:
+    """One layer: `weights[i]` belongs to STACKS[i]; `adapters[i]` are (LoRA module, first column, last column) in its output."""
+
+    def __init__(self, layer):
+        self.norms = layer.input_layernorm, layer.post_attention_layernorm
+        self.weights, self.adapters = [], []
+        for names in STACKS:
+            modules = [linear(layer, name) for name in names]
+            stacked = torch.cat([unpacked(base_of(module)) for module in modules])
+            self.weights.append(torch.ops.mkldnn._reorder_linear_weight(stacked, 8))
+            edges = torch.tensor([0] + [base_of(module).out_features for module in modules]).cumsum(0).tolist()
+            self.adapters.append([(m, a, b) for m, a, b in zip(modules, edges, edges[1:]) if hasattr(m, "lora_A")])
+
+
+def product(x, layer, stack, adapters):
+    """x (B, n, in) through the stacked weights, bf16, and LoRA beside them in fp32, as PEFT computes it."""
+    out = torch.ops.mkldnn._linear_pointwise(x, layer.weights[stack], None, "none", [], "")
+    if adapters and layer.adapters[stack]:
+        rows = x.shape[0] * x.shape[1]
+        wide = x.float() if rows >= enough_rows() else F.pad(x.float(), (0, 0, 0, 0, 0, -(-enough_rows() // x.shape[1]) - x.shape[0]))
+        for module, first, last in layer.adapters[stack]:
+            name = module.active_adapters[0]
+            delta = F.linear(F.linear(wide, module.lora_A[name].weight), module.lora_B[name].weight) * module.scaling[name]
+            out[..., first:last] += delta[: len(x)].to(out.dtype)
+    return out
+
+
+def enough_rows():
+    """Rows from which an fp32 product gives each row the bits that it has among hundreds. Measured: 4 for each thread are too few
+    where they do not divide evenly, 6 are enough."""
+    return min(64, 8 * torch.get_num_threads())
+
+
+def rms(x, norm):
+    """LlamaRMSNorm: in fp32, rounded, then the weight."""
+    wide = x.float()
+    return norm.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)).to(x.dtype)
+
+
+class Reader:
+    """Reads tokens as `sampling.Plain` does, with a cache that is made once, for `most` tokens."""
+
+    least_rows = 2  # a single row would meet another kernel in bf16, too
+
+    def __init__(self, unpacked, adapters, most):
+        self.unpacked, self.adapters, self.most, self.length = unpacked, adapters, most, 0
+        config = unpacked.lm.config
+        self.heads, self.groups, self.dim = config.num_attention_heads, config.num_key_value_heads, unpacked.lm.model.layers[0].self_attn.head_dim
+
+    def read(self, tokens, attention, positions):
+        """(logits (B, V), last hidden states (B, H)) at the last place; see `sampling.Plain`."""
+        lm, width = self.unpacked.lm, tokens.shape[1]
+        x = F.embedding(tokens, lm.model.embed_tokens.weight)
+        cos, sin = (part[:, :, None] for part in lm.model.rotary_emb(x, positions))
+        rotation = cos, torch.cat([-sin[..., : self.dim // 2], sin[..., self.dim // 2 :]], -1)
+        bias = self.bias(attention, width, x.dtype)
+        if not self.length:
+            self.make_cache(len(tokens), x)
+        for number, layer in enumerate(self.unpacked.layers):
+            x = x + product(self.attend(number, rms(x, layer.norms[0]), rotation, bias), layer, 1, self.adapters)
+            gate, up = product(rms(x, layer.norms[1]), layer, 2, self.adapters).chunk(2, -1)
+            x = x + product(F.silu(gate) * up, layer, 3, self.adapters)
+        self.length += width
+        hidden = rms(x[:, -1:], lm.model.norm)
+        return lm.lm_head(hidden)[:, 0], hidden[:, 0]
+
+    def bias(self, attention, width, dtype):
+        """What is added to the attention's scores, (B, 1, n, so far): 0 where a token may look, else the least number."""
+        seen = attention.bool()[:, None, None, :]
+        if width > 1:
+            seen = seen & torch.ones(width, width, dtype=torch.bool).tril()
+        return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
+
+    def make_cache(self, rows, like):
+        shape = (len(self.unpacked.layers), rows, self.groups, self.most, self.dim)
+        self.keys, self.values = (like.new_empty(shape) for _ in "kv")
+
+    def attend(self, number, x, rotation, bias):
+        """Eager attention of one layer with its cache: (B, n, heads * dim)."""
+        rows, width, _ = x.shape
+        qkv = product(x, self.unpacked.layers[number], 0, self.adapters).view(rows, width, -1, self.dim)
+        turned = qkv[:, :, : -self.groups]
+        swapped = torch.cat([turned[..., self.dim // 2 :], turned[..., : self.dim // 2]], -1)
+        turned = (turned * rotation[0] + swapped * rotation[1]).transpose(1, 2)
+        now, past = self.length + width, slice(0, self.length + width)
+        self.keys[number, :, :, self.length : now] = turned[:, self.heads :]
+        self.values[number, :, :, self.length : now] = qkv[:, :, -self.groups :].transpose(1, 2)
+        keys, values = self.keys[number, :, :, past], self.values[number, :, :, past]
+        query = turned[:, : self.heads]
+        shared = self.heads // self.groups
+        if width == 1:
+            query = query.reshape(rows, self.groups, shared, self.dim)
+            scores = torch.matmul(query, keys.transpose(2, 3)) * self.dim**-0.5 + bias
+            out = torch.matmul(F.softmax(scores, -1, dtype=torch.float32).to(x.dtype), values)
+            return out.reshape(rows, 1, -1)
+        keys, values = keys.repeat_interleave(shared, 1), values.repeat_interleave(shared, 1)
+        scores = torch.matmul(query, keys.transpose(2, 3)) * self.dim**-0.5 + bias
+        return torch.matmul(F.softmax(scores, -1, dtype=torch.float32).to(x.dtype), values).transpose(1, 2).reshape(rows, width, -1)

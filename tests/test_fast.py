@@ -1,0 +1,205 @@
+"""On-policy to the last bit: what samples on a CPU has the log-probs of what learns, whatever the adapters, the batch, the
+padding, the minibatches. bf16 is exact; in fp32 a product depends on the number of its rows, by some 1e-7."""
+
+import copy
+
+import pytest
+import torch
+
+from rlhf_helpers import fast
+from rlhf_helpers.quirks import keep_gradients
+from rlhf_helpers.sampling import sample
+from rlhf_helpers.trainer import PPOTrainer
+from tests import tiny
+from tests.tiny import EOS, PAD
+
+SIZES = (1, 2, 3, 5, 8, 16)
+
+
+def prompts(n):
+    """Token ids of n prompts of 11 to 17 tokens: padded on the left, and wide enough. Over fewer than 16 keys torch's softmax adds
+    in another order than over more, and no chat template is that short."""
+    g = torch.Generator().manual_seed(7)
+    return [torch.randint(16, tiny.V, (17 - 3 * i % 7,), generator=g) for i in range(n)]
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def bf16_trainer(lm, size=4, mini=None, **config):
+    settings = dict(batch_size=size, mini_batch_size=mini or size, max_new_tokens=12, temperature=0.7) | config
+    trainer = tiny.trainer(lm, **settings)
+    trainer.eos_ids = (EOS, *range(4, 16))  # some responses end early
+    return trainer
+
+
+def eager(lm):
+    lm.set_attn_implementation("eager")
+    return lm
+
+
+@pytest.fixture(params=["4-bit", "bf16"])
+def policy(request, nf4):
+    """Makes a tiny Llama, in 4 bits or in plain bf16, with adapters that have moved."""
+    plain = lambda b_scale: tiny.with_lora(eager(tiny.llama(hidden_size=64).to(torch.bfloat16)), b_scale=b_scale)
+    return (lambda b_scale: nf4(b_scale=b_scale)) if request.param == "4-bit" else plain
+
+
+def stepped(trainer, queries, scores=None):
+    """Stats of one step on the trainer's own samples."""
+    responses = trainer.generate(queries)
+    return responses, trainer.step(queries, responses, scores or [float(i % 3) for i in range(len(queries))])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_sampler_and_trainer_agree_to_the_last_bit(policy, size):
+    """At the first step, when the trainer makes a pass of its own, and at the next, when it need not."""
+    for b_scale in (0.002, 0.2):
+        trainer = bf16_trainer(policy(b_scale), size, learning_rate=1e-2)
+        queries = prompts(size)
+        for _ in range(2):
+            responses, stats = stepped(trainer, queries)
+            assert stats["objective/sampler_kl"] == stats["objective/sampler_max_diff"] == 0
+            assert stats["ppo/policy/first_ratio_error"] == 0
+        assert trainer.sampler_is_exact
+        assert size < 8 or len({len(response) for response in responses}) > 1  # some end early
+
+
+@pytest.mark.parametrize("mini", [1, 2, 4, 8])
+def test_minibatches_of_another_size_change_no_bit(policy, mini):
+    trainer = bf16_trainer(policy(0.1), 8, mini, gradient_accumulation_steps=8 // mini)
+    for _ in range(2):
+        assert stepped(trainer, prompts(8))[1]["objective/sampler_max_diff"] == 0
+
+
+def test_a_step_is_the_same_whether_or_not_the_policy_scores_its_own_samples(nf4):
+    """Adapters, value head, Adam and every stat but the seconds: bit for bit."""
+    ends = []
+    for trusts in (False, True):
+        trainer = bf16_trainer(nf4(b_scale=0.1), 8, 4, gradient_accumulation_steps=2, ppo_epochs=2)
+        for _ in range(3):
+            trainer.sampler_is_exact = trusts
+            _, stats = stepped(trainer, prompts(8))
+        assert stats["objective/sampler_max_diff"] == 0
+        ends.append((tiny.state(trainer), {k: v for k, v in trainer.history[-1].items() if not k.startswith("time/")}))
+    assert tiny.same(ends[0][0], ends[1][0]) and ends[0][1] == ends[1][1]
+
+
+def test_the_pass_is_made_where_the_first_update_does_not_see_every_response(nf4):
+    """Else the sampler would be believed without being compared."""
+    trainer = bf16_trainer(nf4(b_scale=0.1), 8, 4)  # two optimizer steps an epoch
+    passes = []
+    score = trainer._score_tokens
+    trainer._score_tokens = lambda rollout, rows, hidden=None: passes.append(hidden is None) or score(rollout, rows, hidden)
+    for _ in range(2):
+        stepped(trainer, prompts(8))
+    assert passes == [True] * 4
+
+
+def test_responses_from_elsewhere_are_scored_and_their_sampler_is_not_known(nf4):
+    trainer = bf16_trainer(nf4(b_scale=0.1))
+    stepped(trainer, prompts(4))
+    stats = trainer.step(*tiny.batch())
+    assert stats["objective/sampler_kl"] != stats["objective/sampler_kl"]  # NaN
+    assert not trainer.sampler_is_exact
+
+
+def test_a_response_drawn_before_the_weights_moved_is_not_taken_for_a_new_one(nf4):
+    trainer = bf16_trainer(nf4(b_scale=0.1))
+    queries = prompts(4)
+    responses, _ = stepped(trainer, queries)
+    assert torch.isnan(torch.tensor(trainer.step(queries, responses, [1.0] * 4)["objective/sampler_kl"]))
+
+
+def test_a_sampler_that_is_merely_close_shows_in_the_stats_and_is_scored_again(nf4):
+    """One value of the unpacked weights is off by a rounding."""
+    trainer = bf16_trainer(nf4(b_scale=0.1))
+    stepped(trainer, prompts(4))
+    assert trainer.sampler_is_exact
+    layer = trainer.unpacked.layers[0]
+    layer.weights[3] = torch.ops.mkldnn._reorder_linear_weight(layer.weights[3].to_dense() * 1.01, 8)
+    _, stats = stepped(trainer, prompts(4))
+    assert stats["objective/sampler_kl"] > 0 and stats["objective/sampler_max_diff"] > 1e-3
+    assert stats["ppo/policy/first_ratio_error"] > 1e-3  # the sampler's log-probs were believed once more
+    assert not trainer.sampler_is_exact
+    _, stats = stepped(trainer, prompts(4))
+    assert stats["objective/sampler_kl"] > 0 and stats["ppo/policy/first_ratio_error"] == 0  # and now no longer
+
+
+def test_fp32_agrees_to_a_hundred_thousandth():
+    for make in (tiny.llama, lambda: tiny.gpt2()):
+        targets = ("q_proj", "v_proj") if make is tiny.llama else ("c_attn",)
+        trainer = tiny.trainer(tiny.with_lora(make(), targets=targets, b_scale=0.1), temperature=0.7)
+        _, stats = stepped(trainer, prompts(4))
+        assert 0 <= stats["objective/sampler_max_diff"] < 1e-5
+
+
+# ---------------------------------------------------------------- the fast reader against the plain one
+
+
+def both(lm, queries, **options):
+    """Samples by the plain way and by the fast one."""
+    keep_gradients(lm)  # as in every policy
+    unpacked = fast.Unpacked(lm)
+    reader = lambda most: fast.Reader(unpacked, True, most)
+    make = lambda reader: sample(lm, queries, 12, EOS, PAD, 0.7, generator(3), reader=reader, **options)
+    return make(None), make(reader)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("targets", [None, ("q_proj", "v_proj"), "all-linear"])
+def test_the_fast_way_gives_the_bits_of_the_plain_one(nf4, size, targets):
+    lm = nf4(targets, b_scale=0.2) if targets else nf4(None)
+    plain, quick = both(lm, prompts(size))
+    for name in ("responses", "logprobs", "hidden"):
+        assert all(torch.equal(*pair) for pair in zip(getattr(plain, name), getattr(quick, name))), name
+
+
+def test_without_adapters_the_fast_way_is_the_reference(nf4):
+    lm = nf4(b_scale=0.2)
+    trainer = bf16_trainer(lm)
+    quick = trainer.generate(prompts(4), reference=True, generator=generator())
+    with lm.disable_adapter(), trainer.model.without_dropout():
+        plain = sample(lm, prompts(4), 12, trainer.eos_ids, PAD, 0.7, generator()).responses
+    assert all(torch.equal(*pair) for pair in zip(quick, plain))
+
+
+def test_the_fast_way_follows_the_adapters(nf4):
+    lm = nf4(b_scale=0.2)
+    unpacked = fast.Unpacked(lm)
+    read = lambda: sample(lm, prompts(4), 3, EOS, PAD, 0.7, generator(), reader=lambda n: fast.Reader(unpacked, True, n)).logprobs
+    before = read()
+    for name, parameter in lm.named_parameters():
+        if "lora_B" in name:
+            parameter.data *= -1
+    assert not torch.equal(torch.cat(before), torch.cat(read()))
+
+
+def test_unpacking_changes_nothing_in_the_policy(nf4):
+    lm = nf4("all-linear", b_scale=0.2)
+    keep_gradients(lm)
+    ids = tiny.batch(lengths=(6,))[1][0][None]
+    before = lm(input_ids=ids).logits
+    fast.Unpacked(lm)
+    assert torch.equal(lm(input_ids=ids).logits, before)
+
+
+def test_only_what_the_fast_way_knows_takes_it(nf4, tmp_path):
+    plain = nf4()
+    assert fast.can_unpack(plain) and fast.can_unpack(nf4(None))
+    for change in (dict(use_dora=True), dict(modules_to_save=["lm_head"]), dict(peft_type="IA3")):
+        other = copy.deepcopy(plain)
+        vars(other.active_peft_config).update(change)
+        assert not fast.can_unpack(other)
+    plain.set_attn_implementation("sdpa")
+    assert not fast.can_unpack(plain)
+    assert not fast.can_unpack(tiny.llama().to(torch.bfloat16)) and not fast.can_unpack(tiny.gpt2())
+    biased = tiny.llama(hidden_size=64, attention_bias=True)
+    biased.bfloat16().save_pretrained(tmp_path)
+    assert not fast.can_unpack(tiny.nf4_llama(tmp_path))
+
+
+def test_a_model_that_the_fast_way_does_not_know_is_sampled_the_plain_way():
+    trainer = PPOTrainer(tiny.trainer().config, tiny.trainer(tiny.gpt2()).model, tokenizer=tiny.tokenizer())
+    assert trainer.unpacked is None and len(trainer.generate(prompts(4))) == 4
