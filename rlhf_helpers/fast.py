@@ -1,6 +1,8 @@
-"""Sooner, not otherwise: the 4-bit Llama on a CPU with its weights unpacked once. Nothing here teaches PPO, and a reader may
-take it for `sampling.Plain`, which it equals bit for bit (tests/test_fast.py): every operation is the model's own, in its
-dtypes and its order; the adapters are read where they are, beside the weights. It saves four things:
+"""Sooner and in less memory, not otherwise. Nothing here teaches PPO: a reader may take `Reader` for `sampling.Plain` and
+`token_logprobs` for `ppo.logprobs_from_logits` and `ppo.entropy_from_logits`, which they equal bit for bit (tests/test_fast.py).
+
+`Reader` samples from a 4-bit Llama on a CPU with its weights unpacked once. Every operation is the model's own, in its dtypes
+and its order; the adapters are read where they are, beside the weights. It saves four things:
 
 - unpacking 4-bit weights for every token: they are unpacked once per run;
 - plain products of few rows: oneDNN multiplies by weights in a layout of its own (`torch.ops.mkldnn`);
@@ -164,3 +166,41 @@ class Reader:
         keys, values = keys.repeat_interleave(shared, 1), values.repeat_interleave(shared, 1)
         scores = torch.matmul(query, keys.transpose(2, 3)) * self.dim**-0.5 + bias
         return torch.matmul(F.softmax(scores, -1, dtype=torch.float32).to(x.dtype), values).transpose(1, 2).reshape(rows, width, -1)
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """Log-probs of tokens and entropies, by one softmax in fp32 for both, some rows at a time. For backward it keeps the logits as
+    they are and takes the softmax again: of (B, T, V) numbers in fp32, a hundred megabytes, none stays."""
+
+    @staticmethod
+    def forward(ctx, logits, ids, mask, temperature, chunk):
+        logprobs, entropy = (torch.zeros(ids.shape, dtype=torch.float32, device=logits.device) for _ in "le")
+        for at in places(mask, chunk):
+            log = (logits[at].float() / temperature).log_softmax(-1)
+            logprobs[at] = log.gather(1, ids[at][:, None])[:, 0]
+            entropy[at] = -(log.exp() * log).sum(-1)
+        ctx.save_for_backward(logits, ids, mask)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, gradient, _):
+        logits, ids, mask = ctx.saved_tensors
+        out = torch.zeros_like(logits)
+        for at in places(mask, ctx.chunk):
+            g = gradient[at][:, None]
+            slope = (logits[at].float() / ctx.temperature).log_softmax(-1).exp_().mul_(-g)  # d log p_i / d z_j = [i = j] - p_j
+            slope.scatter_add_(1, ids[at][:, None], g)
+            out[at] = slope.div_(ctx.temperature).to(logits.dtype)
+        return out, None, None, None, None
+
+
+def places(mask, chunk):
+    """The true positions of a mask (B, T), up to `chunk` at a time, as pairs of index tensors."""
+    return zip(*(index.split(chunk) for index in mask.nonzero(as_tuple=True)))
+
+
+def token_logprobs(logits, ids, mask, temperature=1.0, chunk=128):
+    """(log-probs, entropies), both (B, T), fp32 and 0 outside the mask; the entropies have no gradient."""
+    return TokenLogprobs.apply(logits, ids, mask, temperature, chunk)

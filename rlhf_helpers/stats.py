@@ -2,6 +2,7 @@
 Ours in addition: ppo/policy/ratio_mean and first_ratio_error, ppo/grad_norm, ppo/skipped_updates, tokens/responses_eos_frac."""
 
 import math
+import time
 
 import numpy as np
 import torch
@@ -101,3 +102,14 @@ def sampler_stats(rollout, accelerator, logprobs):
     per_response = (torch.exp(-difference) - 1 + difference).sum(1)
     kl, largest = (accelerator.gather(x) for x in (per_response, difference.abs().amax()[None]))
     return {"objective/sampler_kl": kl.mean().item(), "objective/sampler_max_diff": largest.max().item()}
+
+
+class Clock:
+    """Seconds between laps, by name, in `laps`."""
+
+    def __init__(self):
+        self.laps, self.last = {}, time.perf_counter()
+
+    def lap(self, name):
+        now = time.perf_counter()
+        self.laps[name], self.last = now - self.last, now

@@ -3,27 +3,21 @@
 Left out on purpose: a separate critic (the value head shares the policy's body), score scaling by running moments (scores
 are standardised once, by the reward model), response masks with gaps, encoder-decoder models, uploading to a hub."""
 
-import copy
 import functools
 import math
-import time
-import warnings
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 
 from rlhf_helpers import fast, ppo
 from rlhf_helpers.checkpoint import load_checkpoint, save_checkpoint
-from rlhf_helpers.config import project_root
 from rlhf_helpers.errors import InputError
 from rlhf_helpers.interrupts import finishing
-from rlhf_helpers.machine import device_and_dtype
-from rlhf_helpers.models import PolicyWithValueHead, encode_prompt, eos_ids, is_4bit, response_logits
-from rlhf_helpers.quirks import give_back_large_blocks
+from rlhf_helpers.models import eos_ids, response_logits
+from rlhf_helpers.parts import adam, check_parts, encode_prompts, processes, reference_of, room_for_prompts, rows_of
 from rlhf_helpers.rollout import checked_batch, checked_ids, collate, fill_rewards, gae_advantages
 from rlhf_helpers.sampling import Drawn, digest, end_ids, how_drawn, reader_of, refuse_what_is_not_neutral, sample
-from rlhf_helpers.stats import minibatch_stats, sampler_stats, step_stats
+from rlhf_helpers.stats import Clock, minibatch_stats, sampler_stats, step_stats
 
 
 class PPOTrainer:
@@ -35,41 +29,21 @@ class PPOTrainer:
     holds the scalar stats of all steps. `permutation`, a function of n, orders the minibatches and may be replaced."""
 
     def __init__(self, config, model, ref_model=None, tokenizer=None, advantages=gae_advantages):
-        check_parts(config, model, ref_model, tokenizer)
+        check_parts(model, ref_model, tokenizer)
         self.config, self.tokenizer, self.advantages = config, tokenizer, advantages
-        on_cpu = device_and_dtype()[0].type == "cpu"  # said aloud, else Accelerate would not join several processes on a CPU
-        if on_cpu:
-            give_back_large_blocks()
-        self.accelerator = Accelerator(  # no autocast, whatever `accelerate config` says: it would reach scoring, and not sampling
-            cpu=on_cpu, mixed_precision="no", log_with=config.log_with, project_dir=project_root() / "output" / "tracking"
-        )
-        if config.log_with:
-            self.accelerator.init_trackers("rlhf-ppo", config={k: v for k, v in vars(config).items() if v is not None})
-        if ref_model is None and not model.has_adapters:
-            ref_model = copy.deepcopy(model.pretrained_model)
-        if isinstance(ref_model, PolicyWithValueHead):
-            ref_model = ref_model.pretrained_model
-        self.ref_model = None if ref_model is None else self._frozen(ref_model)
-
-        policy_params = [p for p in model.pretrained_model.parameters() if p.requires_grad]
-        value_lr = config.value_learning_rate or config.learning_rate
-        optimizer = torch.optim.Adam(
-            [dict(params=policy_params, lr=config.learning_rate), dict(params=list(model.v_head.parameters()), lr=value_lr)]
-        )
-        self.policy, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.accelerator = processes(config)
+        self.device = self.accelerator.device
+        self.ref_model = reference_of(model, ref_model, self.device)
+        self.policy, self.optimizer = self.accelerator.prepare(model, adam(model, config))
         self.model = self.accelerator.unwrap_model(self.policy)
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.device, self.eos_ids = self.accelerator.device, eos_ids(self.model.pretrained_model, tokenizer)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.eos_ids = eos_ids(self.model.pretrained_model, tokenizer)
         self.generator = torch.Generator().manual_seed(config.seed + 1000 * self.accelerator.process_index)
         self.total = lambda number: self.accelerator.reduce(number, "sum")  # over processes; with one, the number itself
         self.permutation = lambda n: torch.randperm(n, generator=self.generator).tolist()
         self.kl_coef = config.init_kl_coef
         self.steps_done, self.history, self.rollout = 0, [], None
         self.sampler_is_exact = False  # until a step has shown that the sampler's log-probs are the trainer's, bit for bit
-
-    def _frozen(self, lm):
-        """The reference as it is given: no gradients, no dropout, on the policy's device."""
-        return (lm if is_4bit(lm) else lm.to(self.accelerator.device)).requires_grad_(False).eval()
 
     @functools.cached_property
     def unpacked(self):
@@ -132,8 +106,13 @@ class PPOTrainer:
                 self.history[-1] |= clock.laps
                 if on_step:
                     on_step(self, stats)
+                asked.signum = self._largest(asked.signum or 0) or None  # one process is asked, and all stop at the same step
                 asked.check()
         return self.history
+
+    def _largest(self, number):
+        """The largest of a whole number over all processes."""
+        return int(self.accelerator.gather(torch.tensor([number], device=self.device)).max())
 
     def kl_budget_spent(self):
         """Whether the mean KL of the last 4 steps is above PPOConfig.kl_budget."""
@@ -142,25 +121,13 @@ class PPOTrainer:
 
     def encode(self, prompts):
         """(prompts, queries): those that leave room for a response, and their token ids. The others are counted in a warning."""
-        room = (self.model.config.get_text_config().max_position_embeddings or math.inf) - self.config.max_new_tokens
-        queries = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
-        kept = [(prompt, query) for prompt, query in zip(prompts, queries) if len(query) <= room]
-        if len(kept) < len(prompts):
-            warnings.warn(f"skipped {len(prompts) - len(kept)} of {len(prompts)} prompts: longer than {room} tokens", stacklevel=2)
-        if not kept:
-            raise InputError(f"prompts: none of {len(prompts)} fits into {room} tokens")
-        return [prompt for prompt, _ in kept], [query for _, query in kept]
+        return encode_prompts(self.tokenizer, prompts, room_for_prompts(self.model, self.config))
 
     def next_rows(self, n):
-        """Which of n prompts the next step uses: batch_size numbers from an endless row of shuffled passes over them. It
-        depends on the seed and the number of steps done alone, so a resumed run goes on where it was."""
-        world, size = self.accelerator.num_processes, self.config.batch_size
-        first = (self.steps_done * world + self.accelerator.process_index) * size
-        rows = []
-        for place in range(first, first + size):
-            shuffle = torch.Generator().manual_seed(1_000_003 * (self.config.seed + 1) + place // n)
-            rows.append(torch.randperm(n, generator=shuffle)[place % n].item())
-        return rows
+        """Which of n prompts the next step uses. It depends on the seed and the number of steps done alone, so a resumed run goes
+        on where it was."""
+        batch = self.steps_done * self.accelerator.num_processes + self.accelerator.process_index
+        return rows_of(batch, self.config.batch_size, n, self.config.seed)
 
     # ------------------------------------------------------------ step
 
@@ -236,13 +203,13 @@ class PPOTrainer:
         with self.model.without_dropout():
             if hidden is None:
                 logits, values = self.model(*rollout.inputs(rows))
-                logprobs = ppo.logprobs_from_logits(logits, ids, mask, temperature)
+                logprobs, _ = fast.token_logprobs(logits, ids, mask, temperature)
             else:
                 logits, values, logprobs = None, self.model.v_head(hidden[rows]), rollout.sampler_logprobs[rows]
             if self.config.kl_penalty != "full":
                 del logits  # the largest tensor of all, (B, T, vocabulary)
             ref_logits = self._reference_logits(rollout, rows)
-        ref_logprobs = ppo.logprobs_from_logits(ref_logits, ids, mask, temperature)
+        ref_logprobs, _ = fast.token_logprobs(ref_logits, ids, mask, temperature)
         if self.config.kl_penalty == "full":
             kl = ppo.full_kl_per_token(logits, ref_logits, mask, temperature)
         else:
@@ -301,7 +268,7 @@ class PPOTrainer:
 
         logits, values = self.policy(*rollout.inputs(rows))
         values = torch.where(mask, values, 0.0)
-        logprobs = ppo.logprobs_from_logits(logits, rollout.response_ids[rows], mask, config.temperature)
+        logprobs, entropy = fast.token_logprobs(logits, rollout.response_ids[rows], mask, config.temperature)
         policy_losses, policy_clipped = ppo.policy_losses(logprobs, old_logprobs, advantages, config.cliprange)
         value_losses, value_clipped = ppo.value_losses(values, old_values, returns, config.cliprange_value)
         policy_loss, value_loss = ppo.masked_mean(policy_losses, mask), ppo.masked_mean(value_losses, mask)
@@ -312,7 +279,7 @@ class PPOTrainer:
             stats = minibatch_stats(
                 losses=(policy_losses, value_losses),
                 clipped=(policy_clipped, value_clipped),
-                entropy=ppo.entropy_from_logits(logits, mask, config.temperature),
+                entropy=entropy,
                 logprobs=(logprobs, old_logprobs),
                 values=(values, old_values),
                 advantages=advantages,
@@ -345,35 +312,3 @@ class PPOTrainer:
         its settings must be those of this trainer."""
         load_checkpoint(self, folder, strict)
         self.sampler_is_exact = False
-
-
-class Clock:
-    """Seconds between laps, by name, in `laps`."""
-
-    def __init__(self):
-        self.laps, self.last = {}, time.perf_counter()
-
-    def lap(self, name):
-        now = time.perf_counter()
-        self.laps[name], self.last = now - self.last, now
-
-
-def check_parts(config, model, ref_model, tokenizer):
-    """Raises TypeError or InputError for parts that do not make a trainer."""
-    if not isinstance(model, PolicyWithValueHead):
-        raise TypeError(f"model is a {type(model).__name__}; expected PolicyWithValueHead(your_causal_lm)")
-    if tokenizer is None or tokenizer.pad_token_id is None:
-        raise InputError("tokenizer: expected one with a pad token (models.load_tokenizer gives one)")
-    if is_4bit(model) and not model.has_adapters:
-        raise InputError(
-            "the policy has 4-bit weights and no adapters: 4-bit weights get no gradient, so only scraps of it would train; "
-            "expected a PEFT model, e.g. peft.get_peft_model(model, LoraConfig(task_type='CAUSAL_LM'))"
-        )
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
-            raise InputError(
-                f"parameter {name} is {str(parameter.dtype)[6:]} and would learn: an update far smaller than a weight is lost in its "
-                "rounding; expected fp32 (model.float()), or a frozen model with LoRA adapters"
-            )
-    if (ref_model.pretrained_model if isinstance(ref_model, PolicyWithValueHead) else ref_model) is model.pretrained_model:
-        raise InputError("ref_model is the policy itself; expected None (its adapters switched off) or another model")

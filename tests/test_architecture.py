@@ -10,7 +10,7 @@ import rlhf_helpers
 FLOORS = {
     0: ("config", "errors", "data", "ppo", "assets", "quirks", "interrupts", "progress", "files", "course.gold"),
     1: ("machine", "models", "sampling", "fast"),
-    2: ("reward", "rollout", "stats", "checkpoint", "memory", "course.grading"),
+    2: ("reward", "rollout", "stats", "checkpoint", "memory", "course.grading", "parts"),
     3: ("trainer", "evaluation", "run", "doctor", "course.plots", "course.exercises"),
     4: ("__main__", "trl_bridge"),
 }

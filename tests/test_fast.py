@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 
-from rlhf_helpers import fast
+from rlhf_helpers import fast, ppo
 from rlhf_helpers.quirks import keep_gradients
 from rlhf_helpers.sampling import sample
 from rlhf_helpers.trainer import PPOTrainer
@@ -203,3 +203,40 @@ def test_only_what_the_fast_way_knows_takes_it(nf4, tmp_path):
 def test_a_model_that_the_fast_way_does_not_know_is_sampled_the_plain_way():
     trainer = PPOTrainer(tiny.trainer().config, tiny.trainer(tiny.gpt2()).model, tokenizer=tiny.tokenizer())
     assert trainer.unpacked is None and len(trainer.generate(prompts(4))) == 4
+
+
+# ---------------------------------------------------------------- log-probs in less memory
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_entropies_and_gradients_are_those_of_the_plain_functions(dtype, temperature):
+    g = generator()
+    ids = torch.randint(0, 50, (3, 7), generator=g)
+    mask = ppo.response_mask(torch.tensor([7, 1, 4]), 7)
+    weights = torch.randn(3, 7, generator=g)
+    results = []
+    for chunk in (None, 5, 128):
+        logits = (3 * torch.randn(3, 7, 50, generator=generator(1))).to(dtype)
+        logits[1, 3] = torch.nan  # on a pad
+        logits.requires_grad_()
+        if chunk:
+            logprobs, entropy = fast.token_logprobs(logits, ids, mask, temperature, chunk)
+        else:
+            logprobs = ppo.logprobs_from_logits(logits, ids, mask, temperature)
+            entropy = ppo.entropy_from_logits(logits, mask, temperature)
+        (logprobs * weights).sum().backward()
+        results.append((logprobs.detach(), entropy, logits.grad))
+    plain, few, many = results
+    assert all(torch.equal(a, b) for a, b in zip(few, many))
+    assert torch.equal(plain[0], few[0]) and torch.equal(plain[1], few[1])
+    torch.testing.assert_close(plain[2], few[2], rtol=1e-5 if dtype == torch.float32 else 8e-3, atol=1e-7)
+    assert not few[1].requires_grad
+
+
+def test_nothing_of_the_size_of_the_logits_is_kept_in_fp32():
+    kept = []
+    logits = torch.randn(2, 40, 3000, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        fast.token_logprobs(logits, torch.zeros(2, 40, dtype=torch.long), torch.ones(2, 40, dtype=torch.bool))
+    assert sum(t.nbytes for t in kept if t.data_ptr() != logits.data_ptr()) < 10 * 2 * 40

@@ -1,0 +1,94 @@
+"""What a trainer is made of, checked and prepared: the policy, its reference, Adam, processes; and which prompts a step takes."""
+
+import copy
+import math
+import warnings
+
+import torch
+from accelerate import Accelerator
+
+from rlhf_helpers.config import project_root
+from rlhf_helpers.errors import InputError
+from rlhf_helpers.machine import device_and_dtype
+from rlhf_helpers.models import PolicyWithValueHead, encode_prompt, is_4bit
+from rlhf_helpers.quirks import give_back_large_blocks
+
+
+def check_parts(model, ref_model, tokenizer):
+    """Raises TypeError or InputError for parts that do not make a trainer."""
+    if not isinstance(model, PolicyWithValueHead):
+        raise TypeError(f"model is a {type(model).__name__}; expected PolicyWithValueHead(your_causal_lm)")
+    if tokenizer is None or tokenizer.pad_token_id is None:
+        raise InputError("tokenizer: expected one with a pad token (models.load_tokenizer gives one)")
+    if is_4bit(model) and not model.has_adapters:
+        raise InputError(
+            "the policy has 4-bit weights and no adapters: 4-bit weights get no gradient, so only scraps of it would train; "
+            "expected a PEFT model, e.g. peft.get_peft_model(model, LoraConfig(task_type='CAUSAL_LM'))"
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            raise InputError(
+                f"parameter {name} is {str(parameter.dtype)[6:]} and would learn: an update far smaller than a weight is lost in its "
+                "rounding; expected fp32 (model.float()), or a frozen model with LoRA adapters"
+            )
+    if bare(ref_model) is model.pretrained_model:
+        raise InputError("ref_model is the policy itself; expected None (its adapters switched off) or another model")
+
+
+def bare(model):
+    """A model without its value head."""
+    return model.pretrained_model if isinstance(model, PolicyWithValueHead) else model
+
+
+def processes(config):
+    """Accelerate's view of this process and its fellows. No autocast, whatever `accelerate config` says: it would reach scoring,
+    and not sampling."""
+    on_cpu = device_and_dtype()[0].type == "cpu"  # said aloud, else Accelerate would not join several processes on a CPU
+    if on_cpu:
+        give_back_large_blocks()
+    folder = project_root() / "output" / "tracking"
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", log_with=config.log_with, project_dir=folder)
+    if config.log_with:
+        accelerator.init_trackers("rlhf-ppo", config={k: v for k, v in vars(config).items() if v is not None})
+    return accelerator
+
+
+def reference_of(model, ref_model, device):
+    """The frozen reference, without gradients and dropout: what is given, or a copy of a policy without adapters, or None: then
+    it is the policy with its adapters switched off."""
+    if ref_model is None and model.has_adapters:
+        return None
+    lm = bare(ref_model) if ref_model is not None else copy.deepcopy(model.pretrained_model)
+    return (lm if is_4bit(lm) else lm.to(device)).requires_grad_(False).eval()
+
+
+def adam(model, config):
+    """Adam on all that trains, the value head at a rate of its own."""
+    policy = [p for p in model.pretrained_model.parameters() if p.requires_grad]
+    value_lr = config.value_learning_rate or config.learning_rate
+    return torch.optim.Adam([dict(params=policy, lr=config.learning_rate), dict(params=list(model.v_head.parameters()), lr=value_lr)])
+
+
+def encode_prompts(tokenizer, prompts, room):
+    """(prompts, queries): those of at most `room` tokens, and their token ids. The others are counted in a warning."""
+    queries = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    kept = [(prompt, query) for prompt, query in zip(prompts, queries) if len(query) <= room]
+    if len(kept) < len(prompts):
+        warnings.warn(f"skipped {len(prompts) - len(kept)} of {len(prompts)} prompts: longer than {room} tokens", stacklevel=3)
+    if not kept:
+        raise InputError(f"prompts: none of {len(prompts)} fits into {room} tokens")
+    return [prompt for prompt, _ in kept], [query for _, query in kept]
+
+
+def room_for_prompts(model, config):
+    """Tokens that a prompt may have, so that a response fits behind it."""
+    return (model.config.get_text_config().max_position_embeddings or math.inf) - config.max_new_tokens
+
+
+def rows_of(batch, size, n, seed):
+    """Which of n prompts batch number `batch` uses: `size` numbers from an endless row of shuffled passes over them."""
+    rows = []
+    for place in range(batch * size, (batch + 1) * size):
+        shuffle = torch.Generator().manual_seed(1_000_003 * (seed + 1) + place // n)
+        rows.append(torch.randperm(n, generator=shuffle)[place % n].item())
+    return rows
