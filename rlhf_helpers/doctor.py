@@ -68,6 +68,11 @@ def first_ratio(run):
         return f"the first ratio of a step is off 1 by {off:.3f}, before any update"
 
 
+def sampler_apart(run):
+    if (kl := run.now("objective/sampler_kl")) > 0.05:  # h: a merged bf16 copy of the policy is 0.1 away, kernels that round otherwise 0.01
+        return f"what samples and what learns are {kl:.2f} nats a response apart"
+
+
 def ratio_extreme(run):
     ratio = max(run.series("ppo/policy/ratio_mean") or [1.0], key=lambda r: max(r, 1 / max(r, 1e-9)))
     if ratio > 2 or ratio < 0.1:
@@ -140,6 +145,7 @@ RULES = [
     (kl_negative, "sampling from another distribution than the one scored (top_k, temperature, min length)", "PPOTrainer.generate"),
     (kl_high, "the penalty is too cheap, or the learning rate too high", "a larger init_kl_coef, a smaller learning_rate"),
     (first_ratio, "dropout, other shapes, padding or temperature between the two passes", "the same forward pass for both"),
+    (sampler_apart, "two kinds of arithmetic, or weights that were not brought up to date", "the policy itself as its sampler"),
     (ratio_extreme, "steps too large", "fewer ppo_epochs, a smaller learning_rate"),
     (policy_moves_far, "too many or too large updates on one batch", "early_stopping=True, fewer ppo_epochs"),
     (clipped_often, "too many or too large updates on one batch", "a smaller learning_rate, fewer ppo_epochs"),

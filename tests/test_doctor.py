@@ -10,6 +10,7 @@ import torch
 from rlhf_helpers import doctor
 from rlhf_helpers.data import read_jsonl, save_jsonl
 from rlhf_helpers.doctor import examine
+from rlhf_helpers.sampling import digest
 from tests import tiny
 
 WORDS = 32  # a vocabulary so small that every word is met in a batch, and one response in five ends by itself
@@ -117,7 +118,30 @@ def test_a_forward_pass_with_dropout_gives_a_first_ratio_that_is_not_1():
     off = history[0]["ppo/policy/first_ratio_error"]
     symptom = f"the first ratio of a step is off 1 by {off:.3f}, before any update"
     diagnosed(doctor.first_ratio, history, symptom, "dropout", "the same forward pass", alone=False)
-    assert len(examine(history)) == 2 and "dropout" in examine(history)[0].cause  # policy and reference differ as well
+    assert len(examine(history)) == 3 and "dropout" in examine(history)[0].cause  # so do policy and reference, and the sampler
+
+
+def test_a_sampler_that_is_one_update_behind_shows():
+    """As an inference engine whose weights were not brought up to date: it draws with the adapters of the step before."""
+    run = trainer(learning_rate=2e-2, init_kl_coef=0.0)
+    generate, stale = run.generate, [parameter.detach().clone() for parameter in run.parameters]
+
+    def behind(queries):
+        fresh = [parameter.detach().clone() for parameter in run.parameters]
+        swap = lambda values: [p.data.copy_(value) for p, value in zip(run.parameters, values)]
+        swap(stale)
+        responses = generate(queries)
+        swap(fresh)
+        for response in responses:
+            response.drawn.weights = digest(run.parameters)  # it believes that it is up to date
+        stale[:] = fresh
+        return responses
+
+    run.generate = behind
+    history = run.train(PROMPTS, even, steps=6)
+    kl = mean(row["objective/sampler_kl"] for row in history[-5:])
+    symptom = f"what samples and what learns are {kl:.2f} nats a response apart"
+    diagnosed(doctor.sampler_apart, history, symptom, "not brought up to date", "the policy itself", alone=False)
 
 
 # ---------------------------------------------------------------- too far, too fast
