@@ -66,32 +66,54 @@ class Unpacked:
     def __init__(self, lm):
         self.lm = lm.get_base_model() if isinstance(lm, PeftModel) else lm
         self.layers = [Layer(layer) for layer in self.lm.model.layers]
+        self.head = in_layout(self.lm.lm_head.weight.detach())
 
 
 class Layer:
-    """One layer: `weights[i]` belongs to STACKS[i]; `adapters[i]` are (LoRA module, first column, last column) in its output."""
+    """One layer: `weights[i]` belongs to STACKS[i], `modules[i]` are its parts, LoRA modules where there are adapters."""
 
     def __init__(self, layer):
         self.norms = layer.input_layernorm, layer.post_attention_layernorm
-        self.weights, self.adapters = [], []
-        for names in STACKS:
-            modules = [linear(layer, name) for name in names]
-            stacked = torch.cat([unpacked(base_of(module)) for module in modules])
-            self.weights.append(torch.ops.mkldnn._reorder_linear_weight(stacked, 8))
-            edges = torch.tensor([0] + [base_of(module).out_features for module in modules]).cumsum(0).tolist()
-            self.adapters.append([(m, a, b) for m, a, b in zip(modules, edges, edges[1:]) if hasattr(m, "lora_A")])
+        self.modules = [[linear(layer, name) for name in names] for names in STACKS]
+        self.weights = [in_layout(torch.cat([unpacked(base_of(module)) for module in modules])) for modules in self.modules]
 
 
-def product(x, layer, stack, adapters):
-    """x (B, n, in) through the stacked weights, bf16, and LoRA beside them in fp32, as PEFT computes it."""
-    out = torch.ops.mkldnn._linear_pointwise(x, layer.weights[stack], None, "none", [], "")
-    if adapters and layer.adapters[stack]:
-        rows = x.shape[0] * x.shape[1]
-        wide = x.float() if rows >= enough_rows() else F.pad(x.float(), (0, 0, 0, 0, 0, -(-enough_rows() // x.shape[1]) - x.shape[0]))
-        for module, first, last in layer.adapters[stack]:
+def in_layout(weight):
+    """A matrix (out, in) in the layout in which oneDNN multiplies a few rows by it."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, 8)
+
+
+def times(x, weight):
+    """x (..., in) by a matrix in that layout: (..., out)."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+def adapters_of(modules):
+    """LoRA beside a stack, read when a reader is made: ([A, ...], B, scaling), or None without. B has all B matrices on its
+    diagonal, and nothing but zeros for parts of the stack without an adapter; scaling is one number for each column."""
+    downs, ups, scalings = [], [], []
+    for module in modules:
+        if hasattr(module, "lora_A"):
             name = module.active_adapters[0]
-            delta = F.linear(F.linear(wide, module.lora_A[name].weight), module.lora_B[name].weight) * module.scaling[name]
-            out[..., first:last] += delta[: len(x)].to(out.dtype)
+            downs.append(module.lora_A[name].weight)
+            ups.append(module.lora_B[name].weight)
+            scalings += [module.scaling[name]] * len(ups[-1])
+        else:
+            ups.append(torch.zeros(module.out_features, 0))
+            scalings += [1.0] * len(ups[-1])
+    return (downs, torch.block_diag(*ups), torch.tensor(scalings)) if downs else None
+
+
+def product(x, weight, adapters):
+    """x (B, n, in) through stacked weights, bf16, and LoRA beside them in fp32, as PEFT computes it."""
+    out = times(x, weight)
+    if adapters:
+        downs, up, scaling = adapters
+        wide, rows = x.float(), x.shape[0] * x.shape[1]
+        if rows < enough_rows():
+            wide = F.pad(wide, (0, 0, 0, 0, 0, -(-enough_rows() // x.shape[1]) - x.shape[0]))
+        narrow = torch.cat([F.linear(wide, down) for down in downs], -1)
+        out += (F.linear(narrow, up) * scaling)[: len(x)].to(out.dtype)
     return out
 
 
@@ -103,8 +125,7 @@ def enough_rows():
 
 def rms(x, norm):
     """LlamaRMSNorm: in fp32, rounded, then the weight."""
-    wide = x.float()
-    return norm.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)).to(x.dtype)
+    return norm.weight * F.rms_norm(x, x.shape[-1:], None, norm.variance_epsilon)
 
 
 class Reader:
@@ -113,7 +134,8 @@ class Reader:
     least_rows = 2  # a single row would meet another kernel in bf16, too
 
     def __init__(self, unpacked, adapters, most):
-        self.unpacked, self.adapters, self.most, self.length = unpacked, adapters, most, 0
+        self.unpacked, self.most, self.length = unpacked, most, 0
+        self.adapters = [[adapters_of(modules) if adapters else None for modules in layer.modules] for layer in unpacked.layers]
         config = unpacked.lm.config
         self.heads, self.groups, self.dim = config.num_attention_heads, config.num_key_value_heads, unpacked.lm.model.layers[0].self_attn.head_dim
 
@@ -123,49 +145,48 @@ class Reader:
         x = F.embedding(tokens, lm.model.embed_tokens.weight)
         cos, sin = (part[:, :, None] for part in lm.model.rotary_emb(x, positions))
         rotation = cos, torch.cat([-sin[..., : self.dim // 2], sin[..., self.dim // 2 :]], -1)
-        bias = self.bias(attention, width, x.dtype)
         if not self.length:
             self.make_cache(len(tokens), x)
-        for number, layer in enumerate(self.unpacked.layers):
-            x = x + product(self.attend(number, rms(x, layer.norms[0]), rotation, bias), layer, 1, self.adapters)
-            gate, up = product(rms(x, layer.norms[1]), layer, 2, self.adapters).chunk(2, -1)
-            x = x + product(F.silu(gate) * up, layer, 3, self.adapters)
+        bias = self.bias(attention, width, x.dtype)
+        for number, (layer, lora) in enumerate(zip(self.unpacked.layers, self.adapters)):
+            qkv = product(rms(x, layer.norms[0]), layer.weights[0], lora[0])
+            x = x + product(self.attend(number, qkv, rotation, bias), layer.weights[1], lora[1])
+            gate, up = product(rms(x, layer.norms[1]), layer.weights[2], lora[2]).chunk(2, -1)
+            x = x + product(F.silu(gate) * up, layer.weights[3], lora[3])
         self.length += width
         hidden = rms(x[:, -1:], lm.model.norm)
-        return lm.lm_head(hidden)[:, 0], hidden[:, 0]
+        return times(hidden, self.unpacked.head)[:, 0], hidden[:, 0]
 
     def bias(self, attention, width, dtype):
-        """What is added to the attention's scores, (B, 1, n, so far): 0 where a token may look, else the least number."""
-        seen = attention.bool()[:, None, None, :]
+        """What is added to the attention's scores, (B, 1, n, all places): 0 where a token may look, else the least number. The cache
+        is looked at whole, also where nothing is written yet: those places get weight 0 exactly, and no shape ever changes."""
+        seen = F.pad(attention.bool(), (0, self.most - attention.shape[1]))[:, None, None]
         if width > 1:
-            seen = seen & torch.ones(width, width, dtype=torch.bool).tril()
+            seen = seen & torch.ones(width, self.most, dtype=torch.bool).tril()
         return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
 
     def make_cache(self, rows, like):
         shape = (len(self.unpacked.layers), rows, self.groups, self.most, self.dim)
-        self.keys, self.values = (like.new_empty(shape) for _ in "kv")
+        self.keys, self.values = (like.new_zeros(shape) for _ in "kv")
 
-    def attend(self, number, x, rotation, bias):
-        """Eager attention of one layer with its cache: (B, n, heads * dim)."""
-        rows, width, _ = x.shape
-        qkv = product(x, self.unpacked.layers[number], 0, self.adapters).view(rows, width, -1, self.dim)
+    def attend(self, number, qkv, rotation, bias):
+        """Eager attention of one layer with its cache: (B, n, heads * dim), from q, k and v side by side."""
+        rows, width, _ = qkv.shape
+        qkv = qkv.view(rows, width, -1, self.dim)
         turned = qkv[:, :, : -self.groups]
         swapped = torch.cat([turned[..., self.dim // 2 :], turned[..., : self.dim // 2]], -1)
         turned = (turned * rotation[0] + swapped * rotation[1]).transpose(1, 2)
-        now, past = self.length + width, slice(0, self.length + width)
-        self.keys[number, :, :, self.length : now] = turned[:, self.heads :]
-        self.values[number, :, :, self.length : now] = qkv[:, :, -self.groups :].transpose(1, 2)
-        keys, values = self.keys[number, :, :, past], self.values[number, :, :, past]
-        query = turned[:, : self.heads]
-        shared = self.heads // self.groups
-        if width == 1:
+        keys, values, now = self.keys[number], self.values[number], slice(self.length, self.length + width)
+        keys[:, :, now] = turned[:, self.heads :]
+        values[:, :, now] = qkv[:, :, -self.groups :].transpose(1, 2)
+        query, shared = turned[:, : self.heads], self.heads // self.groups
+        if width == 1:  # the heads that share their keys, as rows of one product
             query = query.reshape(rows, self.groups, shared, self.dim)
-            scores = torch.matmul(query, keys.transpose(2, 3)) * self.dim**-0.5 + bias
-            out = torch.matmul(F.softmax(scores, -1, dtype=torch.float32).to(x.dtype), values)
-            return out.reshape(rows, 1, -1)
-        keys, values = keys.repeat_interleave(shared, 1), values.repeat_interleave(shared, 1)
+        else:
+            keys, values = keys.repeat_interleave(shared, 1), values.repeat_interleave(shared, 1)
         scores = torch.matmul(query, keys.transpose(2, 3)) * self.dim**-0.5 + bias
-        return torch.matmul(F.softmax(scores, -1, dtype=torch.float32).to(x.dtype), values).transpose(1, 2).reshape(rows, width, -1)
+        out = torch.matmul(F.softmax(scores, -1, dtype=torch.float32).to(qkv.dtype), values)
+        return out.view(rows, 1, -1) if width == 1 else out.transpose(1, 2).reshape(rows, width, -1)
 
 
 class TokenLogprobs(torch.autograd.Function):

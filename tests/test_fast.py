@@ -118,7 +118,7 @@ def test_a_sampler_that_is_merely_close_shows_in_the_stats_and_is_scored_again(n
     stepped(trainer, prompts(4))
     assert trainer.sampler_is_exact
     layer = trainer.unpacked.layers[0]
-    layer.weights[3] = torch.ops.mkldnn._reorder_linear_weight(layer.weights[3].to_dense() * 1.01, 8)
+    layer.weights[3] = fast.in_layout(layer.weights[3].to_dense() * 1.01)
     _, stats = stepped(trainer, prompts(4))
     assert stats["objective/sampler_kl"] > 0 and stats["objective/sampler_max_diff"] > 1e-3
     assert stats["ppo/policy/first_ratio_error"] > 1e-3  # the sampler's log-probs were believed once more
