@@ -1,16 +1,20 @@
 """Seconds and memory of one PPO update: ours against TRL 1.12's PPOTrainer on the same work, and both against the machine.
 
-    python benchmarks/ppo_step.py [--updates 4] [--rounds 3] [--epochs 1 4] [--json FILE]
+    python benchmarks/ppo_step.py [--updates 4] [--rounds 3] [--epochs 1 4] [--before FOLDER] [--json FILE]
 
-Every run is a process of its own, ours and TRL's in turn, so that memory is each one's own and a noisy minute hits both."""
+Every run is a process of its own, ours and TRL's in turn, so that memory is each one's own and a noisy minute hits both.
+`--before` times another checkout of this project in the same run."""
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
 BATCH, NEW_TOKENS = 8, 50
 PROMPT_TOKENS = range(37, 41)
 KL_COEF, LEARNING_RATE = 0.05, 1e-4
@@ -75,7 +79,7 @@ def shared_work(updates):
 
 
 def ours(epochs, updates, options):
-    """(Clock, policy) after `updates` updates with our trainer."""
+    """(Clock, policy, passes) after `updates` updates with our trainer."""
     from rlhf_helpers.config import CPU, PPOConfig
     from rlhf_helpers.models import load_policy
     from rlhf_helpers.trainer import PPOTrainer
@@ -98,7 +102,8 @@ def ours(epochs, updates, options):
         trainer.step(queries[rows], responses, scores)
         clock.end()
         assert all(len(response) == NEW_TOKENS for response in responses)
-    return clock, trainer.model
+    scoring = 1 if trainer.sampler_is_exact else 2  # the reference, and the policy where its samples do not say it all
+    return clock, trainer.model, scoring + 2 * epochs
 
 
 def trl(epochs, updates, options):
@@ -174,25 +179,23 @@ def trl(epochs, updates, options):
         trainer.optimizer.step = clock.wrap("optimizer", trainer.optimizer.step)
         trainer.train()
         clock.end()
-    return clock, trainer.model.policy
+    return clock, trainer.model.policy, 2 + 2 * epochs
 
 
 def peak_mb():
     """Most memory that this process has held, or on a CUDA machine that it has held on the card."""
-    import resource
-
     import torch
 
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+    from rlhf_helpers.machine import peak_megabytes
+
+    return torch.cuda.max_memory_allocated() / 1e6 if torch.cuda.is_available() else peak_megabytes() * 1.048576
 
 
 def measure(options):
     """What a child process prints: the updates after the first, memory, and how many LoRA B matrices have left zero."""
-    clock, policy = {"ours": ours, "trl": trl}[options.child](options.epochs[0], options.updates + 1, options)
+    clock, policy, passes = {"ours": ours, "trl": trl}[options.child](options.epochs[0], options.updates + 1, options)
     moved = [bool(p.detach().any()) for name, p in policy.named_parameters() if "lora_B" in name]
-    return dict(updates=clock.updates[1:], peak_mb=peak_mb(), moved=sum(moved), matrices=len(moved))
+    return dict(updates=clock.updates[1:], peak_mb=peak_mb(), moved=sum(moved), matrices=len(moved), passes=passes)
 
 
 # ---------------------------------------------------------------- in a process of its own: the machine
@@ -244,12 +247,13 @@ def roofline():
 # ---------------------------------------------------------------- the parent: takes turns and compares
 
 
-def child(name, **options):
-    """The JSON line that a child process prints last."""
-    command = [sys.executable, "-W", "ignore", __file__, "--child", name]
+def child(name, folder=ROOT, **options):
+    """The JSON line that a child process prints last, run by the benchmark of the checkout in `folder`."""
+    command = [sys.executable, "-W", "ignore", str(folder / "benchmarks" / "ppo_step.py"), "--child", name]
     for option, value in options.items():
         command += [f"--{option.replace('_', '-')}", str(value)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    environment = os.environ | {"PYTHONPATH": str(folder), "RLHF_HOME": str(ROOT)}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
     if done.returncode:
         sys.exit(f"{' '.join(command)} ended with {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -263,6 +267,7 @@ def summary(runs):
         "median": {part: statistics.median(seconds) for part, seconds in parts.items()},
         "min": {part: min(seconds) for part, seconds in parts.items()},
         "peak_mb": max(run["peak_mb"] for run in runs),
+        "passes": runs[0].get("passes"),
     }
 
 
@@ -274,10 +279,12 @@ def report(summaries, machine):
         cells = (f"{s['median'][part]:.2f} / {s['min'][part]:.2f}" for part in PARTS)
         print(f"| {name} | {epochs} | {' | '.join(cells)} | {s['peak_mb']:.0f} |")
     for epochs in sorted({epochs for _, epochs in summaries}):
-        a, b = summaries["ours", epochs], summaries["trl", epochs]
-        times = [b[kind]["total"] / a[kind]["total"] for kind in ("min", "median")]
-        print(f"epochs {epochs}: TRL / ours {times[0]:.2f} by minima, {times[1]:.2f} by medians; ", end="")
-        print(f"memory ours / TRL {a['peak_mb'] / b['peak_mb']:.2f}")
+        b = summaries["trl", epochs]
+        for name in [name for name, e in summaries if e == epochs and name != "trl"]:
+            a = summaries[name, epochs]
+            times = [b[kind]["total"] / a[kind]["total"] for kind in ("min", "median")]
+            print(f"epochs {epochs}: TRL / {name} {times[0]:.2f} by minima, {times[1]:.2f} by medians; ", end="")
+            print(f"memory {name} / TRL {a['peak_mb'] / b['peak_mb']:.2f}")
 
     rates = machine["rates"]
     print("\nthis machine: " + ", ".join(f"{rate:.0f} {name}" for name, rate in rates.items()))
@@ -286,10 +293,11 @@ def report(summaries, machine):
         print(f"reading the weights {NEW_TOKENS} times, {name}, {mb:.0f} MB: {floor:.2f} s", end="")
         print("".join(f"; {who} {e} epochs: x{s['min']['generate'] / floor:.1f}" for (who, e), s in summaries.items()))
     for (who, epochs), s in summaries.items():
-        # Policy and reference forward, then forward and backward per epoch; with frozen weights, backward costs one forward.
-        floor = (2 + 2 * epochs) * machine["pass_gflop"] / rates["bfloat16 GFLOP/s"]
+        # Reference (and policy) forward, then forward and backward per epoch; with frozen weights, backward costs one forward.
+        passes = s["passes"] or 2 + 2 * epochs
+        floor = passes * machine["pass_gflop"] / rates["bfloat16 GFLOP/s"]
         taken = s["min"]["forward"] + s["min"]["update"]
-        print(f"{2 + 2 * epochs} passes of {machine['pass_gflop']:.0f} GFLOP: {floor:.2f} s; {who}: x{taken / floor:.1f}")
+        print(f"{passes} passes of {machine['pass_gflop']:.0f} GFLOP: {floor:.2f} s; {who}: x{taken / floor:.1f}")
 
 
 def main():
@@ -297,6 +305,7 @@ def main():
     parser.add_argument("--updates", type=int, default=4, help="counted updates per run; one more before them warms up")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each trainer")
     parser.add_argument("--epochs", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--before", metavar="FOLDER", help="another checkout of this project, timed as well")
     parser.add_argument("--json", metavar="FILE", help="keep every number here")
     parser.add_argument("--trl-critic", choices=["head", "lora"], default="lora", help="what of TRL's critic is trained")
     parser.add_argument("--trl-attention", choices=["eager", "sdpa"], default="sdpa")
@@ -307,11 +316,12 @@ def main():
         return
 
     machine, runs = child("roofline"), {}
+    contestants = {"ours": ROOT, "trl": ROOT} | ({"before": Path(options.before).resolve()} if options.before else {})
     for number in range(options.rounds):
         for epochs in options.epochs:
-            for name in ("ours", "trl"):
+            for name, folder in contestants.items():
                 given = dict(trl_critic=options.trl_critic, trl_attention=options.trl_attention)
-                run = child(name, updates=options.updates, epochs=epochs, **given)
+                run = child("trl" if name == "trl" else "ours", folder, updates=options.updates, epochs=epochs, **given)
                 if not run["moved"] == run["matrices"] > 0:
                     sys.exit(f"{name}: {run['moved']} of {run['matrices']} LoRA B matrices moved; expected all")
                 runs.setdefault((name, epochs), []).append(run)

@@ -16,7 +16,7 @@ from rlhf_helpers.assets import ASSETS, ensure_model
 from rlhf_helpers.data import turns
 from rlhf_helpers.errors import InputError
 from rlhf_helpers.machine import device_and_dtype
-from rlhf_helpers.quirks import give_back_large_blocks, is_4bit_layer, keep_gradients, unmap
+from rlhf_helpers.quirks import give_back_large_blocks, give_back_the_rest, is_4bit_layer, keep_gradients, unmap
 
 transformers_logging.disable_progress_bar()  # "Loading weights: 100%" on stderr, once per load
 
@@ -85,8 +85,6 @@ def load_causal_lm(model, quantize=True, dtype=None):
     the computation, by default the machine's."""
     device, native = device_and_dtype()
     dtype = dtype or native
-    if device.type == "cpu":
-        give_back_large_blocks()
     if (Path(model) / "adapter_config.json").is_file() and not (Path(model) / "config.json").is_file():
         raise InputError(
             f"{model}: a folder of adapters, which new ones would silently replace; expected the model under them (to go on from "
@@ -112,8 +110,11 @@ def is_4bit(module):
 
 def load_policy(profile, seed=0, quantize=True, dtype=None):
     """(policy, tokenizer) of a profile: 4-bit base, new LoRA adapters (fp32, B zero, so KL starts at 0), value head."""
+    give_back_large_blocks()
     tokenizer = load_tokenizer(profile.model)
-    return with_adapters(load_causal_lm(profile.model, quantize, dtype), profile, seed), tokenizer
+    policy = with_adapters(load_causal_lm(profile.model, quantize, dtype), profile, seed)
+    give_back_the_rest()
+    return policy, tokenizer
 
 
 def with_adapters(lm, profile, seed=0):

@@ -7,24 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf_helpers import progress
 from rlhf_helpers.config import DATA_FILE, HELDOUT_FILE, project_root
 from rlhf_helpers.data import load_preferences, load_prompts
 from rlhf_helpers.machine import device_and_dtype
-from rlhf_helpers.models import resolve
 
 FORMAT_FILE = "reward_format.json"
 # How prompt and response become one input. "pair": the tokenizer's own sentence pair, [CLS] prompt [SEP] response [SEP].
@@ -155,81 +143,11 @@ def score_from_logits(logits):
 # ---------------------------------------------------------------- training
 
 
-def pairwise_loss(chosen, rejected):
-    """Bradley-Terry: -log sigmoid(chosen - rejected), averaged; chosen and rejected are scores (B,).
-    Christiano et al. 2017 (arXiv:1706.03741), Stiennon et al. 2020 (arXiv:2009.01325), equation 1."""
-    return -F.logsigmoid(chosen - rejected).mean()
+def train_reward_model(pairs, folder, **options):
+    """`pairwise.train_reward_model`, whose libraries take 80 MB that only training needs: they are loaded when it begins."""
+    from rlhf_helpers import pairwise
 
-
-class ShowProgress(TrainerCallback):
-    """How far the training of the reward model is."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = progress.bar(state.max_steps, "reward model", "steps", state.is_world_process_zero)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        losses = [f"loss {float(row['loss']):.2f}" for row in state.log_history if "loss" in row]
-        self.bar.update(note=losses[-1] if losses else "")
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.bar.close()
-
-
-class PairwiseTrainer(Trainer):
-    """transformers' Trainer with pairwise_loss. A batch holds the chosen texts first, then the rejected ones."""
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        logits = model(**inputs).logits
-        scores = logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
-        chosen, rejected = scores.chunk(2)
-        loss = pairwise_loss(chosen, rejected)
-        return (loss, {"logits": logits}) if return_outputs else loss
-
-
-def train_reward_model(pairs, folder, encoder="minilm-l6-v2", num_labels=1, epochs=2, batch_size=16, learning_rate=2e-4, seed=0,
-                       join="pair", max_length=256):  # fmt: skip
-    """Train a reward model on preference pairs and save it in `folder`. Returns (RewardModel, log), log being a list of dicts
-    with step and loss. Mean and deviation are taken over all responses in the pairs, samples of the base policy."""
-    torch.manual_seed(seed)  # the new score layer is random
-    source = resolve(encoder)
-    model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(source, num_labels=num_labels))
-    model.base_model.load_state_dict(AutoModel.from_pretrained(source, dtype=torch.float32).state_dict())
-    rm = RewardModel(model, AutoTokenizer.from_pretrained(source), join, max_length=max_length)
-    model.requires_grad_(True)
-
-    def collate(batch):
-        prompts = [pair["prompt"] for pair in batch]
-        texts = [pair["chosen"] for pair in batch] + [pair["rejected"] for pair in batch]
-        return dict(rm.encode(prompts + prompts, texts))
-
-    folder = Path(folder)
-    arguments = TrainingArguments(
-        output_dir=str(folder.with_name(folder.name + ".trainer")),
-        num_train_epochs=epochs,
-        per_device_train_batch_size=batch_size,
-        learning_rate=learning_rate,
-        weight_decay=0.01,
-        lr_scheduler_type="linear",
-        warmup_steps=5,
-        logging_steps=5,
-        save_strategy="no",
-        report_to="none",
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        seed=seed,
-        dataloader_drop_last=True,
-        dataloader_pin_memory=False,  # the batch is on the device already
-    )
-    trainer = PairwiseTrainer(model, arguments, train_dataset=pairs, data_collator=collate)
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(ShowProgress)
-    trainer.train()
-    log = [dict(step=row["step"], loss=float(row["loss"])) for row in trainer.state.log_history if "loss" in row]
-    rm.model.eval().requires_grad_(False)
-    rm.standardise(*base_samples(pairs))
-    rm.save(folder)
-    shutil.rmtree(arguments.output_dir, ignore_errors=True)
-    return rm, log
+    return pairwise.train_reward_model(pairs, folder, **options)
 
 
 def base_samples(pairs):

@@ -10,7 +10,7 @@ import rlhf_helpers
 FLOORS = {
     0: ("config", "errors", "data", "ppo", "assets", "quirks", "interrupts", "progress", "files", "course.gold"),
     1: ("machine", "models", "sampling", "fast"),
-    2: ("reward", "rollout", "stats", "checkpoint", "memory", "course.grading", "parts"),
+    2: ("reward", "rollout", "stats", "checkpoint", "memory", "course.grading", "parts", "pairwise"),
     3: ("trainer", "evaluation", "run", "doctor", "course.plots", "course.exercises"),
     4: ("__main__", "trl_bridge"),
 }
@@ -19,7 +19,7 @@ ROOT = Path(rlhf_helpers.__file__).parent
 NAME = lambda path: ".".join(path.relative_to(ROOT).with_suffix("").parts)
 MODULES = {NAME(path): path for path in ROOT.rglob("*.py") if path.stem != "__init__"}
 # What may be imported on one's own floor.
-SAME_FLOOR = {("data", "errors"), ("config", "errors"), ("assets", "config"), ("assets", "files"), ("data", "files"), ("assets", "errors"),
+SAME_FLOOR = {("pairwise", "reward"), ("reward", "pairwise"), ("data", "errors"), ("config", "errors"), ("assets", "config"), ("assets", "files"), ("data", "files"), ("assets", "errors"),
               ("assets", "quirks"), ("files", "errors"), ("models", "machine"), ("sampling", "models"), ("sampling", "fast"),
               ("fast", "models"), ("assets", "progress")}  # fmt: skip
 

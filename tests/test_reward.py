@@ -14,10 +14,10 @@ from rlhf_helpers.reward import (
     base_samples,
     ensure_reward_model,
     pair_accuracy,
-    pairwise_loss,
     score_from_logits,
     train_reward_model,
 )
+from rlhf_helpers.pairwise import pairwise_loss
 from tests import tiny
 
 PROMPTS = ["write about a cat", "write about the sun", "a dog"]
