@@ -12,7 +12,7 @@ FLOORS = {
     1: ("machine", "models", "sampling", "fast"),
     2: ("reward", "rollout", "stats", "checkpoint", "memory", "course.grading", "parts", "pairwise"),
     3: ("trainer", "evaluation", "run", "doctor", "course.plots", "course.exercises"),
-    4: ("__main__", "trl_bridge"),
+    4: ("__main__", "trl_bridge", "course.two_processes"),
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
 ROOT = Path(rlhf_helpers.__file__).parent

@@ -121,7 +121,7 @@ def found_exercises():
     found = {}
     for notebook in pages.NOTEBOOKS:
         cells = dict(pages.cells(notebook))
-        for i, cell in pages.exercises(notebook):
+        for i, cell in pages.exercise_cells(notebook):
             start = max(j for j in range(i) if "### Exercise" in cells[j]["source"])
             unsolved = "\n".join(cells[j]["source"] for j in range(start, i + 1) if cells[j]["cell_type"] == "code")
             check, variable = re.search(r"exercises\.(check_\w+)\((\w+)\)", cell["source"]).groups()

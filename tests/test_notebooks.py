@@ -15,7 +15,13 @@ from tools import readme_pictures
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-PAGES = [*NOTEBOOKS, ROOT / "README.md", ROOT / "data" / "README.md"]
+PAGES = [
+    *NOTEBOOKS,
+    *(
+        ROOT / page
+        for page in ("README.md", "CONTRIBUTING.md", "GLOSSARY.md", "data/README.md", "benchmarks/README.md", "tests/README.md")
+    ),
+]
 ABSOLUTE = re.compile(r"(?<![\w./~])/(?:home|root|tmp|work|mnt|var|Users)/|\b[A-Z]:\\+[A-Z]")
 TOKEN = re.compile(r"\b(?:hf_\w{20,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|sk-[\w-]{20,}|AKIA[0-9A-Z]{16})")
 
@@ -155,14 +161,14 @@ def test_there_are_5_to_10_words_of_prose_for_each_line_of_code(notebook):
     assert 5 <= prose_words(markdown(notebook)) / lines <= 10
 
 
-def exercises(notebook):
+def exercise_cells(notebook):
     """[(number, cell)] of the code cells that check an exercise."""
     return [(i, cell) for i, cell in cells(notebook, "code") if re.search(r"\bexercises\.check_\w+\(", cell["source"])]
 
 
 @each_notebook
 def test_there_are_2_to_4_exercises_with_a_folded_solution_after_each(notebook):
-    found = exercises(notebook)
+    found = exercise_cells(notebook)
     assert 2 <= len(found) <= 4
     after = dict(cells(notebook))
     for i, cell in found:
@@ -202,7 +208,7 @@ def anchors(page):
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings(markdown(page))}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_every_link_leads_somewhere(page):
     missing, text = [], without_code(markdown(page))
     for link in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"""\b(?:href|src)=["']([^"']+)""", text):
@@ -239,3 +245,16 @@ def test_the_pictures_of_the_readme_are_those_that_the_notebooks_stored():
     assert sorted(re.findall(r"!\[[^\]]{20,}\]\(([^)]+)\)", readme)) == sorted(readme_pictures.PICTURES)
     stored = [png for notebook in NOTEBOOKS for _, output in outputs(notebook) for png in images(output).values()]
     assert [file for file in readme_pictures.PICTURES if (ROOT / file).read_bytes() not in stored] == []
+
+
+# ---------------------------------------------------------------- CONTRIBUTING
+
+
+def test_the_table_of_modules_names_every_module_once():
+    table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Tests")[0]
+    named = [name for row in re.findall(r"^\| (.+?) \|", table, re.MULTILINE)[1:] for name in re.findall(r"`([\w.]+)`", row)]
+    package = ROOT / "rlhf_helpers"
+    modules = [
+        ".".join(path.relative_to(package).with_suffix("").parts) for path in package.rglob("*.py") if path.stem != "__init__"
+    ]
+    assert sorted(named) == sorted(modules)
