@@ -5,18 +5,24 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 ARGS ?=
+# Files of tests that run at the same time; each has its share of the cores, and up to 3 GB.
+WORKERS ?= 2
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+PYTEST := $(PY) -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
+MODELS := $(foreach name,smollm2-135m-instruct minilm-l6-v2,output/models/$(name)/config.json)
 
-.PHONY: help run test test-all lab check constraints notebooks clean
+.PHONY: help run test test-fast test-all lint format lab check constraints notebooks clean
 
 help:
 	@echo "make run       PPO on the CPU profile: models, reward model, training, result"
 	@echo "make lab       JupyterLab on the notebooks"
-	@echo "make test      all tests that a user needs, notebooks included"
+	@echo "make test      all tests that a user needs, notebooks included (ARGS=--durations=20: where the time goes)"
+	@echo "make test-fast everything but the notebooks and the browser"
 	@echo "make test-all  the slow ones too"
+	@echo "make lint      ruff: check and format (make format repairs)"
 	@echo "make check     what will work on this machine"
 
 run: $(VENV)/.core
@@ -28,11 +34,26 @@ check: $(VENV)/.core
 lab: $(VENV)/.lab
 	$(PY) -m jupyterlab notebooks
 
-test: $(VENV)/.test
-	$(PY) -m pytest $(ARGS)
+test: lint $(MODELS)
+	$(PYTEST) $(ARGS)
 
-test-all: $(VENV)/.all
-	$(PY) -m pytest -m "slow or not slow" $(ARGS)
+test-fast: $(VENV)/.test
+	$(PYTEST) tests -m "not slow and not browser" $(ARGS)
+
+test-all: lint $(VENV)/.all $(MODELS)
+	$(PYTEST) -m "slow or not slow" $(ARGS)
+
+lint: $(VENV)/.test
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+
+format: $(VENV)/.test
+	$(PY) -m ruff check --fix
+	$(PY) -m ruff format
+
+# Once, before tests that run at the same time want them.
+output/models/%/config.json: | $(VENV)/.core
+	$(PY) -c 'from rlhf_helpers.assets import ensure_model; ensure_model("$*")'
 
 # ---- set-up: a stamp for each group of packages, made again when the lists change
 

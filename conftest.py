@@ -1,9 +1,21 @@
 """How tests run: on the CPU, whose numbers they know, and on a CUDA card just those that are asked for with `-m cuda`.
-Notebooks make fewer PPO steps (RLHF_FAST=1), and stop at their first crash."""
+Notebooks make fewer PPO steps (RLHF_FAST=1), and stop at their first crash. `make test` runs two files at a time, long ones
+first; each has its share of the cores."""
 
 import os
+from collections import Counter
+from pathlib import Path
 
 import pytest
+
+try:
+    import fcntl
+except ImportError:  # Windows: one file at a time
+    fcntl = None
+
+REWARD_MODEL = Path(__file__).resolve().parent / "output" / "reward_model_pairwise"
+# So that no core waits, at the beginning (02 trains the reward model that other notebooks read) or at the end.
+FIRST = ("02_", "test_script", "test_processes", "test_browser", "0")
 
 
 def pytest_configure(config):
@@ -14,6 +26,29 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when torch first looks for a card, which is later
     os.environ.setdefault("RLHF_FAST", "1")  # kernels inherit it
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // workers)))
+
+
+def pytest_collection_modifyitems(config, items):
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        place = lambda item: next((i for i, name in enumerate(FIRST) if item.path.name.startswith(name)), len(FIRST))
+        items.sort(key=place)  # within a file the order stays
+
+
+# ---------------------------------------------------------------- notebooks
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """While a notebook trains the course's reward model, no other test reads it, in this process or in another."""
+    cell = type(item).__name__ == "IPyNbCell"
+    trains = cell and "train_reward_model(" in item.cell.source or item.name.startswith("test_the_notebooks_run_on_the_card")
+    if fcntl is None or not (trains or cell or item.get_closest_marker("browser")):
+        return (yield)
+    with open(__file__) as file:  # any file will do
+        fcntl.flock(file, fcntl.LOCK_EX if trains or not REWARD_MODEL.exists() else fcntl.LOCK_SH)
+        return (yield)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -29,3 +64,19 @@ def pytest_runtest_setup(item):
     crashed_at = getattr(item.parent, "crashed_at", None)
     if crashed_at:
         pytest.skip(f"{crashed_at} of this notebook crashed")
+
+
+# ---------------------------------------------------------------- where the time goes
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """With `--durations`, the seconds of each file."""
+    if not config.option.durations:
+        return
+    seconds = Counter()
+    for report in (report for reports in terminalreporter.stats.values() for report in reports):
+        if hasattr(report, "duration"):
+            seconds[report.nodeid.partition("::")[0]] += report.duration
+    terminalreporter.section("seconds by file")
+    for file, total in seconds.most_common(20):
+        terminalreporter.line(f"{total:7.1f}  {file}")

@@ -1,14 +1,14 @@
-"""Fixtures that several files of unit tests share: everything is made here, nothing is downloaded."""
+"""Fixtures that several files of unit tests share: everything is made here, nothing is downloaded. What takes seconds to
+import is imported where it is used: a file that needs no model starts at once."""
 
 import pytest
-import torch
-
-from tests import tiny
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """Models this small are fastest, and bitwise reproducible, on one thread."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -18,6 +18,10 @@ def one_thread():
 @pytest.fixture(scope="session")
 def llama_folder(tmp_path_factory):
     """A tiny Llama with its tokenizer, as `from_pretrained` wants it."""
+    import torch
+
+    from tests import tiny
+
     folder = tmp_path_factory.mktemp("llama")
     tiny.llama(hidden_size=64).to(torch.bfloat16).save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
@@ -27,6 +31,7 @@ def llama_folder(tmp_path_factory):
 @pytest.fixture
 def nf4(llama_folder):
     """A function that makes a new tiny 4-bit NF4 Llama, frozen, or with LoRA adapters if `targets` are named."""
+    from tests import tiny
 
     def make(targets=("q_proj", "v_proj"), **lora):
         lm = tiny.nf4_llama(llama_folder)
@@ -38,6 +43,8 @@ def nf4(llama_folder):
 @pytest.fixture(scope="session")
 def reward_folders(tmp_path_factory):
     """Folders of tiny BERT classifiers by number of labels: 1, 2 and 3."""
+    from tests import tiny
+
     folders = {}
     for labels in (1, 2, 3):
         folders[labels] = tmp_path_factory.mktemp(f"reward{labels}")

@@ -53,8 +53,19 @@ def test_every_make_command_of_the_readme_exists():
     assert [command for command in commands if not re.search(rf"^{command}:", makefile, re.MULTILINE)] == []
 
 
-def test_ci_calls_the_test_command_of_the_readme():
+def test_ci_calls_the_test_command_of_the_readme_and_that_calls_ruff_first():
     assert "make test" in (ROOT / ".ci" / "run").read_text().splitlines()
+    makefile = (ROOT / "Makefile").read_text()
+    assert re.search(r"^test: lint\b", makefile, re.MULTILINE)
+    (lint,) = re.findall(r"^lint:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)
+    assert re.findall(r"-m (ruff .*)", lint) == ["ruff check", "ruff format --check"]
+
+
+def test_no_test_measures_time_or_waits_for_it_to_pass():
+    """But for the browser's, which ask again and again until the page is ready."""
+    clocks = r"\b(?:sleep|perf_counter|monotonic|process_time|time)\(\)|\bsleep\("
+    found = {file.name for file in (ROOT / "tests").glob("*.py") if re.search(clocks, file.read_text(encoding="utf-8"))}
+    assert found <= {"test_browser.py"}
 
 
 @pytest.mark.slow
@@ -100,6 +111,6 @@ def test_every_test_that_the_table_of_requirements_names_exists():
 @pytest.mark.parametrize("asked, seen", [([], ""), (["-m", "cuda"], "0")], ids=["make test", "-m cuda"])
 def test_a_card_is_hidden_from_all_tests_but_those_for_a_card(asked, seen):
     """Their numbers are the CPU's, also where there is a card."""
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests/test_config.py", *asked, "-p", "tests.tell_cards"]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests/test_setup.py", *asked, "-p", "tests.tell_cards"]
     ran = subprocess.run(command, cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": "0"}, capture_output=True, text=True)
     assert f"cards to be seen: {seen!r}" in ran.stdout, ran.stdout + ran.stderr
