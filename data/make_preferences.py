@@ -62,7 +62,10 @@ def pairs(by_prompt, noisy, seed):
 def main():
     config = CPU.ppo_config()
     policy, tokenizer = load_policy(CPU)
-    for split, name, noisy, seed in (("heldout", "pairwise_prefs_heldout", False, 1), ("train", "pairwise_prefs_part_1", True, 0)):
+    for split, name, noisy, seed in (
+        ("heldout", "pairwise_prefs_heldout", False, 1),
+        ("train", "pairwise_prefs_part_1", True, 0),
+    ):
         by_prompt = responses_to(load_prompts(HERE / f"prompts_{split}.jsonl"), policy, tokenizer, config, seed)
         records = pairs(by_prompt, noisy, seed)
         save_jsonl(HERE / f"{name}.jsonl", records)

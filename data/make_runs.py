@@ -16,8 +16,8 @@ sys.path.insert(0, str(HERE.parent))
 import torch
 
 from rlhf_helpers.config import CPU, project_root
-from rlhf_helpers.data import load_preferences, load_prompts, save_jsonl
 from rlhf_helpers.course.gold import distinct2, gold_reward, names_subject, prefers_first, warm_words
+from rlhf_helpers.data import load_preferences, load_prompts, save_jsonl
 from rlhf_helpers.models import load_policy
 from rlhf_helpers.reward import RewardModel, ensure_reward_model, train_reward_model
 from rlhf_helpers.trainer import PPOTrainer

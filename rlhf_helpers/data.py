@@ -13,11 +13,14 @@ import zlib
 from os.path import commonprefix
 from pathlib import Path
 
+from rlhf_helpers.errors import InputError
+from rlhf_helpers.files import parse_json, read_bytes, shown, write_text
+
 PAIR = ("prompt", "chosen", "rejected")
 ROLES = {"user": "Human", "assistant": "Assistant", "system": "System"}  # to a chat template, and in a transcript
 MARK = re.compile(rf"\n\n({'|'.join(ROLES.values())}):")  # where a turn begins
 ANSWER = "\n\nAssistant:"
-WORD_BEGUN = re.compile(r"[^\W\u2e80-\uffff]*$")  # at a text's end (Chinese and its neighbours have no blanks between words)
+WORD_BEGUN = re.compile(r"[^\W\u2e80-\uffff]*")  # read backwards (Chinese and its neighbours have no blanks between words)
 
 
 def load_prompts(source):
@@ -30,7 +33,7 @@ def load_prompts(source):
             _need(where, record, ["prompt"], ["prompt"])
             prompts.append(_prompt(where, record["prompt"]))
     if not prompts:
-        raise ValueError(f"{where}: no shared prompt, or no two answers that differ, as in all records before; expected both")
+        raise InputError(f"{where}: no shared prompt, or no two answers that differ, as in all records before; expected both")
     return list(dict.fromkeys(prompts))
 
 
@@ -44,7 +47,7 @@ def load_preferences(source):
         left_out += [] if found else [where]
     why = "an empty answer, two equal ones, or no shared prompt"
     if not pairs:
-        raise ValueError(f"{left_out[0]}: {why}, as in all {total} records; expected a prompt and two answers that differ")
+        raise InputError(f"{left_out[0]}: {why}, as in all {total} records; expected a prompt and two answers that differ")
     if left_out:
         warnings.warn(f"left out {len(left_out)} of {total} pairs, the first at {left_out[0]}: {why}", stacklevel=2)
     return pairs
@@ -73,7 +76,7 @@ def transcript(chat):
 def read_jsonl(path, required=()):
     """The objects of a JSONL file, each with the fields `required` as non-empty strings; blank lines are passed over.
 
-    Raises FileNotFoundError for a missing file, and ValueError naming file, line and field for anything else."""
+    Raises MissingInput for a missing file, and InputError naming file, line and field for anything else."""
     records = []
     for where, record in _records(Path(path), required):
         for name in required:
@@ -85,11 +88,7 @@ def read_jsonl(path, required=()):
 
 def save_jsonl(path, records):
     """Write one JSON object a line; the file appears whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    beside.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
-    beside.replace(path)
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 # ---------------------------------------------------------------- records
@@ -97,47 +96,39 @@ def save_jsonl(path, records):
 
 def _records(source, required):
     """(where, dict) of every record: "file:line" in a file, "record n" of anything else."""
+    expected = f"JSON lines with {_names(required)}"
     if isinstance(source, (str, Path)):
-        source = Path(source)
-        if not source.is_file():
-            raise FileNotFoundError(f"{source}: no such file; expected JSON lines with {_names(required)}")
-        records = _lines(source)
-    else:
+        records = _lines(Path(source), expected)
+    elif hasattr(source, "__iter__"):
         records = ((f"record {number}", record) for number, record in enumerate(source))
+    else:
+        raise InputError(f"source is {shown(source)}; expected a file of {expected}, or something that yields dicts")
     empty = True
     for where, record in records:
         empty = False
         if not isinstance(record, dict):
-            raise ValueError(
-                f"{where}: {type(record).__name__} {str(record)[:40]!r}; expected an object with {_names(required)}"
-            )
+            raise InputError(f"{where}: {type(record).__name__} {shown(record)}; expected an object with {_names(required)}")
         yield where, record
     if empty:
-        raise ValueError(
-            f"{source if isinstance(source, Path) else 'source'}: no records; expected JSON lines with {_names(required)}"
-        )
+        raise InputError(f"{source if isinstance(source, (str, Path)) else 'source'}: no records; expected {expected}")
 
 
-def _lines(path):
+def _lines(path, expected):
     """("file:line", what JSON says) of every line that is not blank."""
-    content = path.read_bytes()
-    if path.suffix == ".gz":
+    content = read_bytes(path, expected)
+    if path.suffix == ".gz" or content.startswith(b"\x1f\x8b"):
         try:
             content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error):
-            raise ValueError(f"{path}: not a whole gzip file; expected JSON lines, packed") from None
+            raise InputError(f"{path}: not a whole gzip file; expected {expected}, packed") from None
     for number, raw in enumerate(content.split(b"\n"), start=1):
         where = f"{path}:{number}"
         try:
             line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
         except UnicodeDecodeError as error:
-            raise ValueError(f"{where}: not UTF-8 (byte {error.start + 1} of the line); expected a UTF-8 file") from None
-        if not line:
-            continue
-        try:
-            yield where, json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not JSON ({error.msg}, column {error.colno}); expected one object a line") from None
+            raise InputError(f"{where}: not UTF-8 (byte {error.start + 1} of the line); expected a UTF-8 file") from None
+        if line:
+            yield where, parse_json(line, where, "one object a line")
 
 
 def _names(required):
@@ -147,17 +138,17 @@ def _names(required):
 def _need(where, record, names, required):
     for name in names:
         if name not in record:
-            raise ValueError(f"{where}: no field {name!r}; expected {_names(required)}")
+            raise InputError(f"{where}: no field {name!r}; expected {_names(required)}")
 
 
 def _string(where, name, value, expected="a string", empty=False):
     """`value`, which must be text, and some unless it may be `empty`."""
     if not isinstance(value, str):
-        raise ValueError(f"{where}: field {name!r} is {value!r}; expected {expected}")
+        raise InputError(f"{where}: field {name!r} is {shown(value)}; expected {expected}")
     if any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise ValueError(f"{where}: field {name!r} has half of a surrogate pair; expected text")
+        raise InputError(f"{where}: field {name!r} has half of a surrogate pair; expected text")
     if not empty and not value.strip():
-        raise ValueError(f"{where}: field {name!r} is empty; expected some text")
+        raise InputError(f"{where}: field {name!r} is empty; expected some text")
     return value
 
 
@@ -169,7 +160,7 @@ def _pairs(where, record):
     _need(where, record, PAIR[1:], PAIR)
     chosen, rejected = (_answer(where, name, record[name]) for name in PAIR[1:])
     if type(chosen) is not type(rejected):
-        raise ValueError(f"{where}: of 'chosen' and 'rejected' one is a string and one a list; expected two of a kind")
+        raise InputError(f"{where}: of 'chosen' and 'rejected' one is a string and one a list; expected two of a kind")
     if isinstance(chosen, str) and "prompt" in record:
         for name in PAIR[1:]:
             _string(where, name, record[name])
@@ -177,7 +168,7 @@ def _pairs(where, record):
     shared, chosen, rejected = (_split_text if isinstance(chosen, str) else _split_turns)(chosen, rejected)
     prompt = _prompt(where, record["prompt"]) if "prompt" in record else shared
     if prompt is None:
-        raise ValueError(f"{where}: no field 'prompt', and 'chosen' and 'rejected' do not begin alike; expected {_names(PAIR)}")
+        raise InputError(f"{where}: no field 'prompt', and 'chosen' and 'rejected' do not begin alike; expected {_names(PAIR)}")
     usable = prompt.strip() and chosen.strip() and rejected.strip() and chosen != rejected
     return [dict(prompt=prompt, chosen=chosen, rejected=rejected)] if usable else []
 
@@ -187,7 +178,7 @@ def _prompt(where, value):
     value = _answer(where, "prompt", value)
     if isinstance(value, list):
         if not value or value[-1]["role"] != "user":
-            raise ValueError(
+            raise InputError(
                 f"{where}: field 'prompt' ends with {value[-1]['role'] if value else 'no'} turn; expected the user's"
             )
         value = transcript(value)
@@ -199,9 +190,9 @@ def _answer(where, name, value):
     if not isinstance(value, list):
         return _string(where, name, value, "a string or a list of turns", empty=True)
     for place, turn in ((f"{name}[{number}]", turn) for number, turn in enumerate(value)):
-        if not isinstance(turn, dict) or turn.get("role") not in ROLES:
-            found = turn.get("role") if isinstance(turn, dict) else turn
-            raise ValueError(f"{where}: field '{place}.role' is {found!r}; expected one of {', '.join(ROLES)}")
+        role = turn.get("role") if isinstance(turn, dict) else turn
+        if not isinstance(turn, dict) or not isinstance(role, str) or role not in ROLES:
+            raise InputError(f"{where}: field '{place}.role' is {shown(role)}; expected one of {', '.join(ROLES)}")
         _string(where, f"{place}.content", turn.get("content"), empty=True)
     return [{"role": turn["role"], "content": turn["content"]} for turn in value]
 
@@ -223,7 +214,7 @@ def _split_text(chosen, rejected):
     if _is_transcript(chosen) and _is_transcript(rejected):
         end = shared.rfind(ANSWER) + len(ANSWER) if ANSWER in shared else 0
         return chosen[:end], chosen[end:].strip(), rejected[end:].strip()
-    prompt = shared[: WORD_BEGUN.search(shared).start()].removesuffix(" ")
+    prompt = shared[: len(shared) - WORD_BEGUN.match(shared[::-1]).end()].removesuffix(" ")
     return prompt if prompt.strip() else None, chosen[len(prompt) :], rejected[len(prompt) :]
 
 

@@ -69,7 +69,9 @@ def first_ratio(run):
 
 
 def sampler_apart(run):
-    if (kl := run.now("objective/sampler_kl")) > 0.05:  # h: a merged bf16 copy of the policy is 0.1 away, kernels that round otherwise 0.01
+    if (
+        kl := run.now("objective/sampler_kl")
+    ) > 0.05:  # h: a merged bf16 copy of the policy is 0.1 away, kernels that round otherwise 0.01
         return f"what samples and what learns are {kl:.2f} nats a response apart"
 
 

@@ -14,7 +14,6 @@ What would cost bits is left out: int8 weights, attention or norms in another pr
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from torch import nn
 from transformers import LlamaForCausalLM
 
 from rlhf_helpers.quirks import is_4bit_layer
@@ -137,7 +136,11 @@ class Reader:
         self.unpacked, self.most, self.length = unpacked, most, 0
         self.adapters = [[adapters_of(modules) if adapters else None for modules in layer.modules] for layer in unpacked.layers]
         config = unpacked.lm.config
-        self.heads, self.groups, self.dim = config.num_attention_heads, config.num_key_value_heads, unpacked.lm.model.layers[0].self_attn.head_dim
+        self.heads, self.groups, self.dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            unpacked.lm.model.layers[0].self_attn.head_dim,
+        )
 
     def read(self, tokens, attention, positions):
         """(logits (B, V), last hidden states (B, H)) at the last place; see `sampling.Plain`."""

@@ -49,7 +49,10 @@ def check(say=print):
 
 
 def python():
-    return (3, 11) <= sys.version_info[:2] <= (3, 13), f"Python {platform.python_version()} (3.11 is tested, 3.12 and 3.13 should work), {platform.system()} {platform.machine()}"
+    return (
+        (3, 11) <= sys.version_info[:2] <= (3, 13),
+        f"Python {platform.python_version()} (3.11 is tested, 3.12 and 3.13 should work), {platform.system()} {platform.machine()}",
+    )
 
 
 def packages():
@@ -71,7 +74,10 @@ def devices():
         return True, f"no CUDA card: CPU profile, {os.cpu_count()} cores, {torch.get_num_threads()} threads, bf16 compute"
     properties = torch.cuda.get_device_properties(0)
     native = properties.major >= 8
-    return True, f"CUDA: {properties.name}, {properties.total_memory / 2**30:.0f} GB, compute in {'bf16' if native else 'fp16 (no native bf16)'}"
+    return (
+        True,
+        f"CUDA: {properties.name}, {properties.total_memory / 2**30:.0f} GB, compute in {'bf16' if native else 'fp16 (no native bf16)'}",
+    )
 
 
 def four_bit():
@@ -94,7 +100,9 @@ def four_bit():
     except RuntimeError:  # no gradient at all: the packed kernel has no backward
         pass
     works = x.grad is not None and bool(torch.isfinite(x.grad).all())
-    return works, f"4-bit NF4 with {str(dtype).removeprefix('torch.')} compute on {device}: gradients pass through it" + ("" if works else ": no")
+    return works, f"4-bit NF4 with {str(dtype).removeprefix('torch.')} compute on {device}: gradients pass through it" + (
+        "" if works else ": no"
+    )
 
 
 def memory():
@@ -111,5 +119,12 @@ def disk():
 
 def models():
     folder = project_root() / "output"
-    there = [name for name in ("models/smollm2-135m-instruct", "models/minilm-l6-v2", "reward_model_pairwise") if (folder / name).is_dir()]
-    return True, f"ready in output/: {', '.join(there) or 'nothing yet; the first run fetches 180 MB and trains the reward model'}"
+    there = [
+        name
+        for name in ("models/smollm2-135m-instruct", "models/minilm-l6-v2", "reward_model_pairwise")
+        if (folder / name).is_dir()
+    ]
+    return (
+        True,
+        f"ready in output/: {', '.join(there) or 'nothing yet; the first run fetches 180 MB and trains the reward model'}",
+    )

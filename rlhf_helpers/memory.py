@@ -76,4 +76,3 @@ def peak(parts):
     """Bytes at the worst moment: what is always there, and the larger of sampling and updating."""
     always = sum(size for name, size in parts.items() if name not in WHILE_SAMPLING + WHILE_UPDATING)
     return always + max(sum(parts[name] for name in phase) for phase in (WHILE_SAMPLING, WHILE_UPDATING))
-

@@ -33,7 +33,9 @@ def resolve(model):
         return str(model)
     if str(model).count("/") == 1 and not Path(model).exists() and not str(model).startswith((".", "/")):
         return str(model)
-    raise InputError(f"unknown model {str(model)!r}; expected one of {', '.join(ASSETS)}, a folder with config.json, or org/model")
+    raise InputError(
+        f"unknown model {str(model)!r}; expected one of {', '.join(ASSETS)}, a folder with config.json, or org/model"
+    )
 
 
 def quantization_config(compute_dtype=torch.bfloat16):
@@ -217,7 +219,9 @@ class PolicyWithValueHead(nn.Module):
     def enable_gradient_checkpointing(self):
         """Trade time for memory: keep one activation per layer and compute the others again in backward."""
         lm = self.pretrained_model
-        enable = getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)  # its name since transformers 5.23
+        enable = getattr(
+            lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable
+        )  # its name since transformers 5.23
         enable({"use_reentrant": False})
         self.pretrained_model.enable_input_require_grads()
 
@@ -231,7 +235,11 @@ class PolicyWithValueHead(nn.Module):
             for module in self.modules():
                 module.training = bool(getattr(module, "gradient_checkpointing", False))
                 if module.training:  # OPT's layers have dropout that is no module, at a rate of their own
-                    rates += [(module, name, rate) for name, rate in vars(module).items() if "dropout" in name and isinstance(rate, float)]
+                    rates += [
+                        (module, name, rate)
+                        for name, rate in vars(module).items()
+                        if "dropout" in name and isinstance(rate, float)
+                    ]
         try:
             for module, name, _ in rates:
                 setattr(module, name, 0.0)

@@ -66,7 +66,9 @@ def adam(model, config):
     """Adam on all that trains, the value head at a rate of its own."""
     policy = [p for p in model.pretrained_model.parameters() if p.requires_grad]
     value_lr = config.value_learning_rate or config.learning_rate
-    return torch.optim.Adam([dict(params=policy, lr=config.learning_rate), dict(params=list(model.v_head.parameters()), lr=value_lr)])
+    return torch.optim.Adam(
+        [dict(params=policy, lr=config.learning_rate), dict(params=list(model.v_head.parameters()), lr=value_lr)]
+    )
 
 
 def encode_prompts(tokenizer, prompts, room):

@@ -37,7 +37,9 @@ def keep_gradients(module):
         if is_4bit_layer(layer):
             layer.support_avx512bf16_for_cpu = False
             if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
-                from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpack  # private: only where it is needed
+                from bitsandbytes.functional import (
+                    _convert_weight_packed_for_cpu_inverse as unpack,  # private: only where it is needed
+                )
 
                 layer.weight.data, layer.weight.quant_state = unpack(layer.weight.data, layer.weight.quant_state)
 

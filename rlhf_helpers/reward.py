@@ -7,11 +7,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_helpers.config import DATA_FILE, HELDOUT_FILE, project_root
 from rlhf_helpers.data import load_preferences, load_prompts
+from rlhf_helpers.errors import InputError, MissingInput
+from rlhf_helpers.files import (
+    MANIFEST,
+    check_manifest,
+    find_whole,
+    read_json,
+    reason,
+    shown,
+    whole_folder,
+    write_manifest,
+    write_text,
+)
 from rlhf_helpers.machine import device_and_dtype
 
 FORMAT_FILE = "reward_format.json"
@@ -35,11 +46,11 @@ class RewardModel:
     def __init__(self, model, tokenizer, join="pair", mean=0.0, std=1.0, max_length=256, batch_size=32):
         labels = model.config.num_labels
         if labels not in (1, 2):
-            raise ValueError(f"reward model with {labels} labels; expected 1 (the score) or 2 (label 1 is the good one)")
+            raise InputError(f"reward model with {labels} labels; expected 1 (the score) or 2 (label 1 is the good one)")
         if join not in JOINS:
-            raise ValueError(f"{FORMAT_FILE}: join is {join!r}; expected one of {', '.join(JOINS)}")
+            raise InputError(f"{FORMAT_FILE}: join is {join!r}; expected one of {', '.join(JOINS)}")
         if max_length < 8:
-            raise ValueError(f"{FORMAT_FILE}: max_length is {max_length}; expected at least 8 tokens")
+            raise InputError(f"{FORMAT_FILE}: max_length is {max_length}; expected at least 8 tokens")
         self.model, self.join = model.float().eval().requires_grad_(False), join
         self.mean, self.std, self.batch_size = mean, std, batch_size
         limits = tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 0  # 0, -1: no limit
@@ -55,35 +66,39 @@ class RewardModel:
     @classmethod
     def load(cls, folder):
         """From a folder made by `save`, or any folder of a sequence classifier with its tokenizer.
-        Raises ValueError that names the folder and what is wrong with it."""
-        folder = Path(folder)
+        Raises InputError that names the folder and what is wrong with it."""
+        folder = find_whole(folder)
         if not (folder / "config.json").is_file():
-            raise ValueError(f"{folder}: not a reward model; expected a folder with config.json, weights and a tokenizer")
+            raise MissingInput(f"{folder}: not a reward model; expected a folder with config.json, weights and a tokenizer")
         try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            architectures = config.get("architectures") or []
+            if (folder / MANIFEST).is_file():  # of `save`: other folders have none
+                check_manifest(folder)
+            config = read_json(folder / "config.json")
+            architectures = config.get("architectures") if isinstance(config, dict) else None
+            architectures = [str(name) for name in architectures] if isinstance(architectures, list) else []
             if not any(name.endswith("ForSequenceClassification") for name in architectures):
-                raise ValueError(f"architecture is {', '.join(architectures) or 'not given'}, not a ...ForSequenceClassification")
-            how = json.loads((folder / FORMAT_FILE).read_text(encoding="utf-8")) if (folder / FORMAT_FILE).is_file() else {}
-            model, info = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+                raise ValueError(
+                    f"architecture is {', '.join(architectures) or 'not given'}, not a ...ForSequenceClassification"
+                )
+            how = _checked_format(folder / FORMAT_FILE) if (folder / FORMAT_FILE).is_file() else {}
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                folder, dtype=torch.float32, output_loading_info=True
+            )
             if info["missing_keys"]:  # transformers would fill them with random numbers
                 raise ValueError(f"no weights for {sorted(info['missing_keys'])[0]}")
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            return cls(model.to(device_and_dtype()[0]), tokenizer, **how)
-        except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
-            raise ValueError(f"{folder}: cannot be used as a reward model: {str(error).splitlines()[0]}") from error
+            return cls(model.to(device_and_dtype()[0]), AutoTokenizer.from_pretrained(folder), **how)
+        except Exception as error:  # of any kind: transformers reads a folder that others wrote
+            why = str(error).replace(str(folder / "_")[:-1], "") if isinstance(error, InputError) else reason(error)
+            raise InputError(f"{folder}: cannot be used as a reward model: {why}") from error
 
     def save(self, folder):
         """The folder that `load` reads: model, tokenizer and how to join and standardise. It appears whole or not at all."""
-        folder = Path(folder)
-        beside = folder.with_name(folder.name + ".part")
-        shutil.rmtree(beside, ignore_errors=True)
-        self.model.save_pretrained(beside)
-        self.tokenizer.save_pretrained(beside)
-        how = dict(join=self.join, mean=self.mean, std=self.std, max_length=self.max_length)
-        (beside / FORMAT_FILE).write_text(json.dumps(how, indent=1) + "\n", encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        beside.rename(folder)
+        with whole_folder(folder, sign="config.json") as beside:
+            self.model.save_pretrained(beside)
+            self.tokenizer.save_pretrained(beside)
+            how = dict(join=self.join, mean=self.mean, std=self.std, max_length=self.max_length)
+            write_text(beside / FORMAT_FILE, json.dumps(how, indent=1) + "\n")
+            write_manifest(beside)
 
     def encode(self, prompts, responses):
         """The encoder's inputs, padded: a dict of (B, L) tensors. What is too long loses the beginning of its prompt; a response
@@ -130,13 +145,29 @@ class RewardModel:
         raw = self.raw(prompts, responses)
         self.mean, self.std = raw.mean().item(), raw.std().item()
         if not self.std > 1e-6:
-            raise ValueError(f"reward model: deviation {self.std} over {len(raw)} responses; expected scores that differ")
+            raise InputError(f"reward model: deviation {self.std} over {len(raw)} responses; expected scores that differ")
+
+
+def _checked_format(path):
+    """What FORMAT_FILE says, of the right types: arguments of RewardModel."""
+    how, expected = (
+        read_json(path),
+        dict(join=(str,), mean=(int, float), std=(int, float), max_length=(int,), batch_size=(int,)),
+    )
+    if not isinstance(how, dict):
+        raise InputError(f"{path}: a {type(how).__name__}; expected an object with {', '.join(expected)}")
+    for name, value in how.items():
+        if type(value) not in expected.get(name, ()) or (name != "join" and not abs(value) < 1e30):
+            raise InputError(f"{path}: {name} is {shown(value)}; expected {', '.join(expected)}, a name and finite numbers")
+        if name in ("std", "batch_size") and value <= 0:
+            raise InputError(f"{path}: {name} is {value}; expected a number above 0")
+    return how
 
 
 def score_from_logits(logits):
     """(B, 1): the logit. (B, 2): the softmax probability of label 1, which is sigmoid(logit 1 - logit 0). (B,), fp32."""
     if logits.shape[1] not in (1, 2):
-        raise ValueError(f"reward model with {logits.shape[1]} labels; expected 1 or 2")
+        raise InputError(f"reward model with {logits.shape[1]} labels; expected 1 or 2")
     return logits[:, 0] if logits.shape[1] == 1 else logits.softmax(-1)[:, 1]
 
 
@@ -167,15 +198,16 @@ def pair_accuracy(reward_fn, pairs):
 
 def ensure_reward_model(folder=None, pairs_file=DATA_FILE, heldout_file=HELDOUT_FILE, say=print):
     """The reward model in `folder`, trained first on the course's preference pairs if the default folder is missing.
-    Held-out prompts are never trained on: a pair with one raises ValueError."""
+    Held-out prompts are never trained on: a pair with one raises InputError."""
     default = project_root() / "output" / "reward_model_pairwise"
     folder = default if folder is None else Path(folder)
-    if folder.exists() or folder.resolve() != default.resolve():
+    shutil.rmtree(default.with_name(default.name + ".trainer"), ignore_errors=True)  # of a run that was killed
+    if find_whole(folder).exists() or folder.resolve() != default.resolve():
         return RewardModel.load(folder)
     pairs = load_preferences(project_root() / pairs_file)
     heldout = set(load_prompts(project_root() / heldout_file))
     for pair in pairs:
         if pair["prompt"] in heldout:
-            raise ValueError(f"{pairs_file}: prompt {pair['prompt']!r} is held out in {heldout_file}; expected other prompts")
+            raise InputError(f"{pairs_file}: prompt {pair['prompt']!r} is held out in {heldout_file}; expected other prompts")
     say(f"reward model: training on {len(pairs)} pairs (about 2 minutes on two CPU cores)")
     return train_reward_model(pairs, folder)[0]

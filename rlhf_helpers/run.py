@@ -8,25 +8,28 @@ samples.jsonl, curves.png, summary.json   the results, in this order: with a sum
 import contextlib
 import hashlib
 import json
-import os
 from pathlib import Path
 
-from rlhf_helpers.checkpoint import read_settings
+from rlhf_helpers.checkpoint import FREE, read_settings
 from rlhf_helpers.data import read_jsonl
 from rlhf_helpers.errors import InputError
+from rlhf_helpers.files import raise_written, read_json, write_text
 
-FREE = ("kl_budget", "log_with")  # may change from one start to the next
 RESULTS = ("summary.json", "samples.jsonl", "curves.png")
 
 
 @contextlib.contextmanager
 def alone_in(folder, needed=True):
-    """Makes the folder, and inside nobody else works there. Raises InputError if somebody does already."""
+    """Makes the folder, and inside nobody else works there. Raises InputError if somebody does already, or if it cannot be made."""
     if not needed:
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "ab") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "ab")
+    except OSError as error:
+        raise_written(folder, error)
+    with file:
         try:
             lock(file)
         except (BlockingIOError, PermissionError):
@@ -85,7 +88,7 @@ def saved_run(output, now, resume=None):
         saved = read_settings(folder)
     except InputError as error:
         raise InputError(f"{error}; or {how}") from error
-    then = (saved["extra"] or {}).get("settings")
+    then = saved["extra"].get("settings")
     if then is None:
         raise InputError(f"{folder}: not made by this command; expected {how}")
     if resume and Path(resume).resolve() != folder.resolve():
@@ -97,14 +100,14 @@ def saved_run(output, now, resume=None):
 
 
 def finished(output, saved, steps, config):
-    """(summary, samples) of a run that has nothing left to do, else None."""
-    summary_file, samples_file = output / "summary.json", output / "samples.jsonl"
-    if not (summary_file.is_file() and samples_file.is_file()):
+    """(summary, samples) of a run that has nothing left to do, else None. Results that cannot be read are made again."""
+    try:
+        summary, samples = read_json(output / "summary.json"), read_jsonl(output / "samples.jsonl")
+    except InputError:
         return None
-    summary = json.loads(summary_file.read_text(encoding="utf-8"))
     spent = saved["extra"]["budget_spent"] and saved["config"]["kl_budget"] == config.kl_budget
-    whole = summary["steps"] == saved["steps_done"] and (spent or saved["steps_done"] >= steps)
-    return (summary, read_jsonl(samples_file)) if whole else None
+    made = isinstance(summary, dict) and summary.get("steps") == saved["steps_done"]
+    return (summary, samples) if made and (spent or saved["steps_done"] >= steps) else None
 
 
 def remove_results(output):
@@ -114,10 +117,14 @@ def remove_results(output):
 
 
 def write_json(path, content):
-    """A JSON file, whole or not at all; a number that is not finite becomes null."""
-    beside = path.with_name(path.name + ".part")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=1, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    """A JSON file, whole or not at all, of finite numbers."""
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def append_json(path, content):
+    """One more line of a JSONL file."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(content) + "\n")
+    except OSError as error:
+        raise_written(path, error)

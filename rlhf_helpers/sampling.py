@@ -79,7 +79,9 @@ class Plain:
                 position_ids=positions,
                 past_key_values=self.cache,
                 use_cache=True,
-                logits_to_keep=torch.tensor([tokens.shape[1] - 1], device=tokens.device),  # the number 1 would copy the head B times
+                logits_to_keep=torch.tensor(
+                    [tokens.shape[1] - 1], device=tokens.device
+                ),  # the number 1 would copy the head B times
             )
         self.cache = out.past_key_values
         return out.logits[:, -1], hidden[-1][:, -1]

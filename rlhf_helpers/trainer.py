@@ -183,6 +183,7 @@ class PPOTrainer:
         fill_rewards(rollout, self.kl_coef)
         clock.lap("time/ppo/compute_rewards")
         rollout.advantages, rollout.returns = self.advantages(rollout, config, total)
+        rollout.new_logprobs = torch.full_like(rollout.logprobs, math.nan)
         clock.lap("time/ppo/compute_advantages")
         return rollout
 
@@ -229,7 +230,6 @@ class PPOTrainer:
     def _optimize(self, rollout):
         """All epochs of one step. Returns the stats of every minibatch, a list of dicts."""
         config, updates = self.config, []
-        rollout.new_logprobs = torch.full_like(rollout.logprobs, math.nan)
         for _ in range(config.ppo_epochs):
             order = torch.as_tensor(np.asarray(self.permutation(len(rollout))), device=self.device)
             for group in order.split(self._group_size()):

@@ -3,10 +3,12 @@
 import ast
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rlhf_helpers import config
 from rlhf_helpers.config import CPU, GPU, PPO_FIELDS, PPOConfig, profile_named
+from rlhf_helpers.errors import InputError
 
 
 def test_the_defaults_are_those_of_trl_0_11():
@@ -66,12 +68,46 @@ def test_the_defaults_are_those_of_trl_0_11():
         ("seed", -1),
         ("kl_penalty", "k3"),
         ("value_learning_rate", 0.0),
+        ("kl_budget", float("nan")),
+        ("kl_budget", 0),
+        ("kl_penalty", ["kl"]),
+        ("seed", 0.0),
+        ("seed", True),
+        ("seed", 2**32),
+        ("log_with", ""),
+        ("log_with", True),
+        ("log_with", ["wandb"]),
     ],
 )
 def test_a_bad_value_is_refused_with_the_field_and_the_value(name, value):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(InputError) as error:
         PPOConfig(**{name: value})
     assert f"PPOConfig.{name} is {value!r}; expected " in str(error.value)
+
+
+OTHER_TYPES = ["0.5", "false", True, np.float64(0.5), np.int64(1), np.float32(0.5), [1], b"1", 1 + 0j]
+
+
+@pytest.mark.parametrize("field", PPO_FIELDS, ids=lambda field: field.name)
+def test_a_value_of_another_type_is_refused_with_the_field_s_name(field):
+    right = {"log_with": str}.get(field.name, bool if type(field.default) is bool else None)
+    for value in (value for value in OTHER_TYPES if type(value) is not right):
+        with pytest.raises(InputError, match=f"^PPOConfig.{field.name} is .*; expected "):
+            PPOConfig(**{field.name: value})
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "batch_size", "seed", "score_clip"])
+def test_a_number_beyond_all_bounds_is_refused_in_a_short_sentence(name):
+    with pytest.raises(InputError, match=f"PPOConfig.{name} is 1000*; expected .{{,60}}$"):
+        PPOConfig(**{name: 10**400})
+
+
+@pytest.mark.parametrize("name", ["adap_kl_ctrl", "whiten_rewards", "early_stopping"])
+def test_a_switch_is_true_or_false_and_nothing_that_counts_as_one(name):
+    assert PPOConfig(**{name: True}) != PPOConfig(**{name: False})
+    for value in (1, 0, "true", "false", None, ""):
+        with pytest.raises(InputError, match=f"PPOConfig.{name} is {value!r}; expected True or False"):
+            PPOConfig(**{name: value})
 
 
 def test_the_batch_must_divide_into_groups_of_minibatches():
@@ -86,9 +122,12 @@ def test_every_field_says_what_it_is():
     assert all(field.metadata["help"] for field in PPO_FIELDS)
 
 
-def test_a_profile_s_config_takes_overrides_and_passes_over_none():
-    made = CPU.ppo_config(learning_rate=5e-4, gamma=None)
-    assert (made.learning_rate, made.gamma, made.batch_size) == (5e-4, PPOConfig().gamma, CPU.ppo["batch_size"])
+def test_a_profile_s_config_takes_overrides_as_they_are_given_none_included():
+    made = CPU.ppo_config(learning_rate=5e-3, kl_budget=None)
+    assert (made.learning_rate, made.kl_budget, made.batch_size) == (5e-3, None, CPU.ppo["batch_size"])
+    assert CPU.ppo_config().kl_budget == CPU.ppo["kl_budget"] is not None
+    with pytest.raises(InputError, match="PPOConfig.gamma is None; expected a number"):
+        CPU.ppo_config(gamma=None)
 
 
 def test_both_profiles_are_valid_and_quantized_runs_of_the_same_batch():
@@ -118,4 +157,4 @@ def test_config_does_not_import_torch():
     tree = ast.parse(Path(config.__file__).read_text(encoding="utf-8"))
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert names == {"math", "os", "dataclasses", "pathlib"}
+    assert names == {"os", "sys", "dataclasses", "pathlib", "rlhf_helpers.errors"}

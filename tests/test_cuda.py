@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from unittest import mock
 
 import bitsandbytes as bnb
 import pytest
@@ -29,7 +28,9 @@ SETTINGS = dict(
 
 def cuda(test):
     """Marks a test that needs a card."""
-    return pytest.mark.cuda(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card; with one: pytest -m cuda")(test))
+    return pytest.mark.cuda(
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card; with one: pytest -m cuda")(test)
+    )
 
 
 def make_trainer(folder, checkpointing=False, dtype=None):

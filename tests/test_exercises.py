@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from rlhf_helpers import ppo
-from rlhf_helpers.course import exercises
 from rlhf_helpers.config import CPU, PPOConfig
+from rlhf_helpers.course import exercises
 from tests import test_notebooks as pages
 
 Exercise = namedtuple("Exercise", "check variable unsolved solutions")

@@ -168,7 +168,9 @@ def test_without_adapters_the_fast_way_is_the_reference(nf4):
 def test_the_fast_way_follows_the_adapters(nf4):
     lm = nf4(b_scale=0.2)
     unpacked = fast.Unpacked(lm)
-    read = lambda: sample(lm, prompts(4), 3, EOS, PAD, 0.7, generator(), reader=lambda n: fast.Reader(unpacked, True, n)).logprobs
+    read = lambda: (
+        sample(lm, prompts(4), 3, EOS, PAD, 0.7, generator(), reader=lambda n: fast.Reader(unpacked, True, n)).logprobs
+    )
     before = read()
     for name, parameter in lm.named_parameters():
         if "lora_B" in name:

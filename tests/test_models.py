@@ -19,8 +19,8 @@ from rlhf_helpers.models import (
     resolve,
     response_logits,
 )
-from rlhf_helpers.sampling import pad_left
 from rlhf_helpers.quirks import keep_gradients
+from rlhf_helpers.sampling import pad_left
 from tests import tiny
 
 PROFILE = dict(name="tiny", lora_r=4, lora_alpha=8)

@@ -9,8 +9,8 @@ from urllib.parse import unquote
 
 import pytest
 
-from rlhf_helpers.course import exercises
 from rlhf_helpers.config import REPOSITORY
+from rlhf_helpers.course import exercises
 from tools import readme_pictures
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -85,15 +85,39 @@ def test_curves_of_nothing_are_empty_panels():
     assert all(len(axis.lines[0].get_xdata()) == 0 for axis in plots.training_curves([]).axes)
 
 
-def test_live_curves_use_one_output_and_draw_at_most_every_few_seconds(trainer, monkeypatch):
+@pytest.fixture
+def page(monkeypatch):
+    """Two lists: the alternative texts of the outputs on the page, and those of the updates of them."""
     shown, updates = [], []
     handle = type("Handle", (), dict(update=lambda self, image: updates.append(image.alt)))()
     monkeypatch.setattr(plots, "show", lambda figure, alt, **options: shown.append(alt) or handle)
-    with plots.LiveCurves(steps=3, every=3600) as live:
-        for _ in range(3):
+    return shown, updates
+
+
+def drawings(trainer, every, times):
+    """The titles that live curves draw when a step ends at each of these times; the clock began at the first of them."""
+    titles, now = [], [times[0]]
+    live = plots.LiveCurves(steps=len(times) - 1, every=every, clock=lambda: now[0])
+    draw = live.draw
+    live.draw = lambda title: (titles.append(title), draw(title))
+    with live:
+        for now[0] in times[1:]:
             live(trainer, {})
-    assert len(shown) == 1 and updates == shown  # drawn at the first step, and once more at the end
+    return live, titles
+
+
+def test_live_curves_use_one_output_and_draw_at_most_every_few_seconds(trainer, page):
+    shown, updates = page
+    live, titles = drawings(trainer, every=5, times=[100, 103, 106, 107.9, 108, 114])
+    assert [title[:6] for title in titles] == ["step 1", "step 4", "step 5", "5 of 5"]
+    assert len(shown) == 1 and updates == shown * 3
     assert live.history == trainer.history
+
+
+@pytest.mark.parametrize("began", [0, 1e9], ids=["a clock that begins with the machine", "one that began long ago"])
+def test_live_curves_draw_the_first_step_at_once_and_the_last_state_at_the_end(trainer, page, began):
+    _, titles = drawings(trainer, every=3600, times=[began, began + 60, began + 120, began + 180])
+    assert titles == ["step 1 of 3, about 2.0 min left", "3 of 3 steps in 3.0 min"]
 
 
 def test_a_running_mean_counts_what_is_there():

@@ -8,16 +8,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-# Without --multi_gpu, `accelerate launch` starts a single process where it sees no second GPU; with it, on a CPU, as many as asked.
-LAUNCH = "-m accelerate.commands.launch --multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process 1"
+# Without --multi_gpu, `accelerate launch` starts a single process where it sees no second GPU; with it, on a CPU, as many as
+# asked. At port 0 it takes a free one.
+LAUNCH = """-m accelerate.commands.launch --multi_gpu --num_machines 1 --num_processes 2 --main_process_port 0
+    --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process 1"""
 
 
-def launch(processes, *arguments, port=29611):
-    """The output of `accelerate launch`; fails with it if the status is not 0."""
-    command = [sys.executable, *LAUNCH.split(), "--num_processes", str(processes), "--main_process_port", str(port), "-m", *arguments]
-    if processes == 1:
-        command = [sys.executable, "-m", *arguments]
-    ran = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def launch(processes, *arguments):
+    """The output of one process, or of two under `accelerate launch`; fails with it if the status is not 0."""
+    command = [sys.executable, *(LAUNCH.split() if processes == 2 else []), "-m", *arguments]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300, env=env)
     assert ran.returncode == 0, ran.stdout
     return ran.stdout
 
@@ -31,7 +32,7 @@ def test_two_processes_with_half_the_batch_each_make_the_update_of_one_with_the_
     for name in one:
         torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=0)
     one, two = (torch.load(tmp_path / n / "stats", weights_only=True) for n in ("1", "2"))
-    assert two == pytest.approx(one, abs=1e-5)
+    assert two == pytest.approx(one, abs=1e-5, nan_ok=True)  # sampler_kl: the responses came from elsewhere
 
 
 def test_two_processes_resume_bitwise_each_with_its_own_random_state(tmp_path):

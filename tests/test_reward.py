@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -9,6 +10,9 @@ import torch
 
 from rlhf_helpers import reward
 from rlhf_helpers.data import save_jsonl
+from rlhf_helpers.errors import InputError
+from rlhf_helpers.files import write_manifest
+from rlhf_helpers.pairwise import pairwise_loss
 from rlhf_helpers.reward import (
     RewardModel,
     base_samples,
@@ -17,7 +21,6 @@ from rlhf_helpers.reward import (
     score_from_logits,
     train_reward_model,
 )
-from rlhf_helpers.pairwise import pairwise_loss
 from tests import tiny
 
 PROMPTS = ["write about a cat", "write about the sun", "a dog"]
@@ -143,15 +146,60 @@ DAMAGE = {
     "an unknown join": lambda f: (f / reward.FORMAT_FILE).write_text('{"join": "both"}'),
     "an unknown setting": lambda f: (f / reward.FORMAT_FILE).write_text('{"scale": 2}'),
     "format file cut short": lambda f: (f / reward.FORMAT_FILE).write_text('{"join": '),
+    "format file of brackets": lambda f: (f / reward.FORMAT_FILE).write_text("[" * 3000),
+    "format file of bytes": lambda f: (f / reward.FORMAT_FILE).write_bytes(b"\xff"),
+    "format file with a list": lambda f: (f / reward.FORMAT_FILE).write_text("[1]"),
+    "a mean that is a string": lambda f: (f / reward.FORMAT_FILE).write_text('{"mean": "0"}'),
+    "a mean that is not finite": lambda f: (f / reward.FORMAT_FILE).write_text('{"mean": NaN}'),
+    "a deviation of 0": lambda f: (f / reward.FORMAT_FILE).write_text('{"std": 0}'),
+    "a max_length that is a switch": lambda f: (f / reward.FORMAT_FILE).write_text('{"max_length": true}'),
+    "a join that is a list": lambda f: (f / reward.FORMAT_FILE).write_text('{"join": ["pair"]}'),
+    "config.json with a list": lambda f: (f / "config.json").write_text("[1]"),
+    "config.json of brackets": lambda f: (f / "config.json").write_text("[" * 3000),
+    "architectures that are numbers": lambda f: edit(f, architectures=[7]),
+    "architectures that are one": lambda f: edit(f, architectures="BertForSequenceClassification"),
+    "sizes of another model": lambda f: edit(f, hidden_size=48),
+    "sizes that are strings": lambda f: edit(f, hidden_size="many"),
+    "no tokenizer": lambda f: (f / "tokenizer.json").unlink(),
+    "tokenizer cut short": lambda f: (f / "tokenizer.json").write_text("{"),
 }
 
 
+def edit(folder, **changes):
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | changes))
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_broken_folder_is_named_in_one_sentence(damage, broken):
+def test_a_broken_folder_is_named_in_one_sentence_by_the_manifest_or_without_one(damage, broken):
     DAMAGE[damage](broken)
-    with pytest.raises(ValueError) as error:
+    for renew in (lambda folder: None, write_manifest, lambda folder: (folder / "manifest.json").unlink()):
+        renew(broken)
+        with pytest.raises(InputError) as error:
+            RewardModel.load(broken)
+        assert str(error.value).startswith(f"{broken}: ") and "\n" not in str(error.value)
+
+
+def test_one_flipped_bit_in_the_weights_is_seen(broken):
+    weights = bytearray((broken / "model.safetensors").read_bytes())
+    weights[-5] ^= 1
+    (broken / "model.safetensors").write_bytes(weights)
+    with pytest.raises(InputError, match="rm: cannot be used as a reward model: model.safetensors: not what was written"):
         RewardModel.load(broken)
-    assert str(error.value).startswith(f"{broken}: ") and "\n" not in str(error.value)
+
+
+def test_a_save_killed_between_its_two_renames_leaves_a_model_that_loads(broken):
+    scores = RewardModel.load(broken)(PROMPTS, RESPONSES)
+    os.rename(broken, f"{broken}.old")
+    assert torch.equal(RewardModel.load(broken)(PROMPTS, RESPONSES), scores)
+    model(2).save(broken)
+    assert RewardModel.load(broken).model.config.num_labels == 2 and [path.name for path in broken.parent.iterdir()] == ["rm"]
+
+
+def test_a_folder_of_other_things_is_not_replaced_by_a_model(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds other things and no config.json"):
+        model().save(tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 def test_a_missing_folder_that_is_not_the_default_is_not_trained(tmp_path):
@@ -166,6 +214,14 @@ def test_a_pair_with_a_held_out_prompt_is_never_trained_on(tmp_path, monkeypatch
     with pytest.raises(ValueError, match="'write about the dog' is held out in heldout.jsonl"):
         ensure_reward_model(pairs_file="pairs.jsonl", heldout_file="heldout.jsonl", say=pytest.fail)
     assert not (tmp_path / "output").exists()
+
+
+def test_what_a_killed_training_left_goes_when_the_model_is_next_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("RLHF_HOME", str(tmp_path))
+    model().save(tmp_path / "output" / "reward_model_pairwise")
+    (tmp_path / "output" / "reward_model_pairwise.trainer" / "runs").mkdir(parents=True)
+    ensure_reward_model(say=pytest.fail)
+    assert [path.name for path in (tmp_path / "output").iterdir()] == ["reward_model_pairwise"]
 
 
 # ---------------------------------------------------------------- training

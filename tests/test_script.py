@@ -312,12 +312,12 @@ def test_two_runs_in_one_folder_are_one_too_many(home, start, capsys, at_step):
 
 def test_a_full_disk_is_one_sentence_and_the_last_whole_checkpoint_stays(home, start, capsys, at_step, monkeypatch):
     def full(*args, **options):
-        raise OSError(errno.ENOSPC, "No space left on device", "run/checkpoint.part")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "run/checkpoint.part/trainer.safetensors")
 
-    at_step(4, lambda: monkeypatch.setattr("rlhf_helpers.trainer.save_checkpoint", full))
+    at_step(4, lambda: monkeypatch.setattr("rlhf_helpers.checkpoint.save_file", full))
     assert exit_status(start()) == 2
-    err = capsys.readouterr().err
-    assert err == "error: [Errno 28] No space left on device: 'run/checkpoint.part'\n"
+    said = "run/checkpoint: could not be written (No space left on device); the last whole one, if there was one, is kept"
+    assert capsys.readouterr().err == f"error: {said}\n"
     monkeypatch.undo()
     monkeypatch.chdir(home)
     monkeypatch.setenv("RLHF_HOME", str(home))

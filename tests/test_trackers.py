@@ -19,7 +19,8 @@ connect, socket.socket.connect = socket.socket.connect, refuse
 from tests import tiny
 trainer = tiny.trainer(tiny.with_lora(tiny.llama()), log_with=sys.argv[1])
 for seed in range(2):
-    trainer.step(*tiny.batch(seed=seed))
+    queries, _, scores = tiny.batch(seed=seed)
+    trainer.step(queries, trainer.generate(queries), scores)
 trainer.accelerator.end_training()
 print(json.dumps(trainer.history))
 """
@@ -48,7 +49,11 @@ def test_tensorboard_keeps_every_scalar_of_every_step(tmp_path):
 def test_trackio_keeps_every_scalar_of_every_step(tmp_path):
     needs("trackio")
     history = tracked("trackio", tmp_path)
-    rows = sqlite3.connect(tmp_path / "trackio" / "rlhf-ppo.db").execute("select step, metrics from metrics order by step").fetchall()
+    rows = (
+        sqlite3.connect(tmp_path / "trackio" / "rlhf-ppo.db")
+        .execute("select step, metrics from metrics order by step")
+        .fetchall()
+    )
     assert [{"step": step, **json.loads(metrics)} for step, metrics in rows] == history
 
 

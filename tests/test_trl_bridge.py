@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf_helpers import trl_bridge
 from rlhf_helpers.config import CPU, PPOConfig
-from rlhf_helpers.models import PolicyWithValueHead, response_logits
+from rlhf_helpers.models import PolicyWithValueHead
 from rlhf_helpers.reward import RewardModel, pair_accuracy
 from rlhf_helpers.sampling import pad_left
 from rlhf_helpers.trl_bridge import (

@@ -40,7 +40,9 @@ def stepped(steps=2, **config):
 def update(folder):
     trainer = stepped()
     if trainer.accelerator.is_main_process:
-        save_file({name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}, folder / "weights")
+        save_file(
+            {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}, folder / "weights"
+        )
         torch.save({k: v for k, v in trainer.history[-1].items() if not k.startswith("time/")}, folder / "stats")
 
 
@@ -58,7 +60,8 @@ def resume(folder):
     second.train(prompts, reward, steps=2)
     assert tiny.same(tiny.state(whole), tiny.state(second)), "the resumed run differs"
     responses = [row["tokens/responses_len_mean"] for row in whole.history]
-    print(f"process {PartialState(cpu=True).process_index} of {PartialState(cpu=True).num_processes}: resumed bitwise, {responses}", flush=True)
+    state = PartialState(cpu=True)
+    print(f"process {state.process_index} of {state.num_processes}: resumed bitwise, {responses}", flush=True)
 
 
 def unlucky(folder):

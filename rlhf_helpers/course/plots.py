@@ -25,6 +25,7 @@ CURVES = {
     "tokens/responses_len_mean": "response length (tokens)",
     "ppo/grad_norm": "gradient norm",
 }
+CURVES_ALT = "Training curves over PPO steps: score, KL, value loss, entropy, length, gradient norm"
 SIGNALS = ("logprobs", "ref_logprobs", "kl", "rewards", "values", "advantages", "returns")
 
 
@@ -131,7 +132,9 @@ def logprob_changes(advantages, before, after, bins=8):
     centres = [advantages[group].mean() for group in groups]
     means = [change[group].mean() for group in groups]
     errors = [1.96 * change[group].std(ddof=1) / len(group) ** 0.5 for group in groups]
-    axis.errorbar(centres, means, errors, color=ORANGE, marker="o", markersize=5, linewidth=1.5, label=f"mean of {len(groups[0])} tokens")
+    axis.errorbar(
+        centres, means, errors, color=ORANGE, marker="o", markersize=5, linewidth=1.5, label=f"mean of {len(groups[0])} tokens"
+    )
     axis.axhline(0, color="black", linewidth=0.6)
     axis.axvline(0, color="black", linewidth=0.6)
     width = 1.3 * np.quantile(np.abs(change), 0.97)
@@ -168,20 +171,20 @@ def training_curves(history, curves=CURVES, title=None):
 
 class LiveCurves:
     """Curves that grow while PPO runs: `with LiveCurves(steps) as live: trainer.train(..., on_step=live)`. One output on the
-    page, redrawn in place at most every `every` seconds, with the step and the time left in its title."""
+    page, redrawn in place at most every `every` seconds of `clock`, with the step and the time left in its title."""
 
-    def __init__(self, steps, every=2.0, curves=CURVES, alt="Training curves over PPO steps: score, KL, value loss, entropy, length, gradient norm"):  # fmt: skip
-        self.steps, self.every, self.curves, self.alt = steps, every, curves, alt
-        self.handle, self.history, self.drawn = None, [], 0.0
+    def __init__(self, steps, every=2.0, curves=CURVES, alt=CURVES_ALT, clock=time.monotonic):
+        self.steps, self.every, self.curves, self.alt, self.clock = steps, every, curves, alt, clock
+        self.handle, self.history, self.drawn = None, [], float("-inf")
 
     def __enter__(self):
-        self.started, self.done = time.monotonic(), 0
+        self.started, self.done = self.clock(), 0
         return self
 
     def __call__(self, trainer, stats):
         self.history, self.done = list(trainer.history), self.done + 1
-        if time.monotonic() - self.drawn >= self.every:
-            left = (time.monotonic() - self.started) / self.done * (self.steps - self.done)
+        if self.clock() - self.drawn >= self.every:
+            left = (self.clock() - self.started) / self.done * (self.steps - self.done)
             self.draw(f"step {self.done} of {self.steps}, about {left / 60:.1f} min left")
 
     def draw(self, title):
@@ -192,11 +195,11 @@ class LiveCurves:
             from IPython.display import Image
 
             self.handle.update(Image(data=png(figure, 70), format="png", alt=self.alt))
-        self.drawn = time.monotonic()
+        self.drawn = self.clock()
 
     def __exit__(self, *exception):
         if self.history:
-            self.draw(f"{self.done} of {self.steps} steps in {(time.monotonic() - self.started) / 60:.1f} min")
+            self.draw(f"{self.done} of {self.steps} steps in {(self.clock() - self.started) / 60:.1f} min")
 
 
 def histograms(groups, label, bins=30, title=None):
@@ -233,7 +236,9 @@ def clipped_objective(cliprange=0.2, ratios=None, advantages=None):
         axis.axvline(1, color=GREY, linewidth=0.6)
         if ratios is not None:
             some = ratios[np.sign(as_array(advantages)) == sign]
-            axis.plot(some, np.maximum(-sign * some, -sign * some.clip(1 - cliprange, 1 + cliprange)), ".", color=ORANGE, markersize=4)
+            axis.plot(
+                some, np.maximum(-sign * some, -sign * some.clip(1 - cliprange, 1 + cliprange)), ".", color=ORANGE, markersize=4
+            )
         axis.set_title(name, fontsize=8)
         axis.set_xlabel("ratio", fontsize=8)
     axes[0, 0].set_ylabel("loss", fontsize=8)
@@ -293,7 +298,9 @@ def frontier(groups, x="kl", y="gold", labels=("KL (nats a response)", "gold"), 
         for i, run in enumerate(runs):
             path = [running_mean([row[key] for row in run], width) for key in (x, y)]
             axis.plot(*path, color=colour, linewidth=0.9, alpha=0.75)
-            axis.plot(path[0][-1], path[1][-1], marker, color=colour, markersize=7, markeredgecolor="black", label=None if i else name)
+            axis.plot(
+                path[0][-1], path[1][-1], marker, color=colour, markersize=7, markeredgecolor="black", label=None if i else name
+            )
     ticks = [tick for tick in (0, 2, 8, 20, 50, 100, 200, 400) if tick <= axis.get_xlim()[1]]
     axis.set_xticks(ticks, [str(tick) for tick in ticks])
     axis.set_xlabel(labels[0] + ", spaced by its square root", fontsize=8)

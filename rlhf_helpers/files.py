@@ -1,0 +1,234 @@
+"""What is written appears whole or not at all: a kill, a full disk or a power cut leaves the last whole one. A manifest in a
+folder, `manifest.json`, tells byte for byte whether its files are still those that were written."""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import reprlib
+import shutil
+from pathlib import Path
+
+from rlhf_helpers.errors import InputError, MissingInput
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+class NotWritten(InputError, OSError):
+    """A file or folder that could not be written: a full disk, no permission. What stood there before still does."""
+
+
+# ---------------------------------------------------------------- write
+
+
+@contextlib.contextmanager
+def whole_folder(folder, sign):
+    """Gives a new folder beside `folder` to write into, `<name>.part`, which takes the place of `folder` when all went well.
+
+    The old folder is `<name>.old` between two renames, where `find_whole` looks; left-overs of killed saves are removed. A
+    folder that holds something and no file `sign` is nobody's former save: InputError, and it is not touched. An OSError becomes
+    NotWritten, one sentence with its reason."""
+    place = Path(os.path.realpath(folder))
+    beside, old = (place.with_name(place.name + ending) for ending in (".part", ".old"))
+    try:
+        if old.is_dir() and not place.exists():  # a save was killed between its two renames
+            old.rename(place)
+        if place.is_file():
+            raise InputError(f"{folder}: is a file; expected a folder, or a new name")
+        if place.exists() and any(place.iterdir()) and not (place / sign).exists():
+            raise InputError(
+                f"{folder}: holds other things and no {sign}; expected a new folder, or one made by an earlier save"
+            )
+        _remove(beside)
+        beside.mkdir(parents=True)
+        yield beside
+        flush(beside)
+        if place.exists():
+            _remove(old)
+            place.rename(old)
+        beside.rename(place)
+    except BaseException as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        if old.is_dir() and not place.exists():
+            old.rename(place)
+        raise_written(folder, error)
+        raise
+    _flush_folder(place.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Gives a path beside `path`, `<name>.part`, to write one file to, which takes the place of `path` when all went well."""
+    place = Path(os.path.realpath(path))
+    beside = place.with_name(place.name + ".part")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        yield beside
+        _flush_file(beside)
+        beside.replace(place)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise_written(path, error)
+        raise
+    _flush_folder(place.parent)
+
+
+def write_text(path, text):
+    """A whole file of UTF-8 text, with the line ends that the text has."""
+    with whole_file(path) as beside:
+        beside.write_bytes(text.encode("utf-8"))
+
+
+def raise_written(path, error):
+    """Raise NotWritten in place of an error of the disk: an OSError, or what a library makes of one. Else do nothing."""
+    if isinstance(error, NotWritten):  # of a file in a folder that is now not written either
+        error = error.__cause__
+    code = re.search(r"\(os error (\d+)\)", str(error))  # as safetensors reports it
+    if isinstance(error, InputError) or not (isinstance(error, OSError) or code):
+        return
+    why = os.strerror(int(code[1])) if code else reason(error)
+    raise NotWritten(f"{path}: could not be written ({why}); the last whole one, if there was one, is kept") from error
+
+
+def flush(folder):
+    """Have every file below `folder`, and the folders themselves, on the disk before this returns."""
+    for below, _, names in os.walk(folder):
+        for name in names:
+            _flush_file(os.path.join(below, name))
+        _flush_folder(below)
+
+
+def _flush_file(path):
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _flush_folder(path):
+    with contextlib.suppress(OSError):  # Windows, and some network drives, cannot
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _remove(folder):
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+# ---------------------------------------------------------------- read
+
+
+def find_whole(folder):
+    """`folder`, or `<name>.old` if a save was killed between its two renames: the last whole one."""
+    folder, old = Path(folder), Path(f"{folder}.old")
+    return old if old.is_dir() and not folder.exists() else folder
+
+
+def reason(error):
+    """An exception in one line."""
+    why = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return " ".join(why.splitlines()[0].split())
+
+
+def shown(value):
+    """A value in an error message: its beginning, on one line."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 60
+    return short.repr(value)
+
+
+def read_bytes(path, expected):
+    """The content of a file. Raises MissingInput where there is none, InputError where it cannot be read."""
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        raise MissingInput(f"{path}: no such file; expected {expected}") from None
+    except (OSError, ValueError) as error:  # ValueError: of a name that no file can have
+        raise InputError(f"{path}: cannot be read ({reason(error)}); expected {expected}") from None
+
+
+def parse_json(text, where, expected):
+    """What a JSON text says. Raises InputError for all else, too many brackets and too many digits included."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        why = f"not JSON ({error.msg}, column {error.colno})"
+    except RecursionError:
+        why = "brackets nested too deeply"
+    except ValueError:
+        why = "a number of too many digits"
+    raise InputError(f"{where}: {why}; expected {expected}")
+
+
+def read_json(path, expected="JSON"):
+    """What a JSON file says. Raises InputError."""
+    try:
+        text = read_bytes(path, expected).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 (byte {error.start + 1}); expected {expected}") from None
+    return parse_json(text, path, expected)
+
+
+# ---------------------------------------------------------------- manifest
+
+
+def write_manifest(folder):
+    """Write manifest.json: the size and sha256 of every file below `folder`. To be called when all others are written."""
+    files = {name: dict(size=path.stat().st_size, sha256=_sha256(path)) for name, path in _files(folder).items()}
+    write_text(Path(folder) / MANIFEST, json.dumps(dict(format=FORMAT, files=files), indent=1) + "\n")
+
+
+def check_manifest(folder):
+    """Raise InputError, naming folder and file, unless `folder` holds just the files of its manifest, byte for byte. Names that
+    begin with a dot are the machine's own (.DS_Store, .ipynb_checkpoints) and do not count."""
+    folder = Path(folder)
+    listed, found = _manifest(folder / MANIFEST), _files(folder)
+    for name in sorted(listed.keys() - found.keys()):
+        raise MissingInput(f"{folder / name}: missing; expected the file that {MANIFEST} lists")
+    for name in sorted(found.keys() - listed.keys()):
+        raise InputError(f"{folder / name}: a foreign file; expected only those that {MANIFEST} lists")
+    for name, about in listed.items():
+        try:
+            size, sha256 = found[name].stat().st_size, _sha256(found[name])
+        except OSError as error:
+            raise InputError(
+                f"{folder / name}: cannot be read ({reason(error)}); expected the file that {MANIFEST} lists"
+            ) from None
+        if size != about["size"]:
+            raise InputError(f"{folder / name}: {size} bytes; expected the {about['size']} that were written")
+        if sha256 != about["sha256"]:
+            raise InputError(
+                f"{folder / name}: not what was written (sha256 {sha256[:12]}...); expected {about['sha256'][:12]}..."
+            )
+
+
+def _manifest(path):
+    """{name: {"size", "sha256"}} of a manifest, all types checked."""
+    expected = f'an object with "format": {FORMAT} and "files", a size and a sha256 for each'
+    manifest = read_json(path, expected)
+    if not isinstance(manifest, dict) or type(manifest.get("format")) is not int or not isinstance(manifest.get("files"), dict):
+        raise InputError(f"{path}: not a manifest; expected {expected}")
+    if manifest["format"] != FORMAT:
+        raise InputError(f"{path}: format {manifest['format']}; expected {FORMAT}")
+    for number, about in enumerate(manifest["files"].values(), start=1):
+        if not (isinstance(about, dict) and type(about.get("size")) is int and isinstance(about.get("sha256"), str)):
+            raise InputError(f"{path}: entry {number} has no size and sha256; expected {expected}")
+    return manifest["files"]
+
+
+def _files(folder):
+    """{name: path} of all files below `folder`, the manifest and hidden ones left out."""
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+    hidden = lambda name: name.startswith(".") or "/." in name
+    return {name: path for name, path in paths.items() if name != MANIFEST and not hidden(name)}
+
+
+def _sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
