@@ -96,9 +96,7 @@ def check_two_label_score(answer):
         (lambda z: z.argmax(1), "argmax throws the size away: nearly all responses would get the same score"),
         (lambda z: z.softmax(1), "both labels came back; a score is one number a response, shape (B,)"),
     ]
-    function(
-        answer, [((logits,), logits.softmax(1)[:, 1])], hints, praise="softmax over two labels is a sigmoid of the difference"
-    )
+    function(answer, [((logits,), logits.softmax(1)[:, 1])], hints, praise="softmax over two labels is a sigmoid of the difference")
 
 
 def check_full_stop_reward(answer):
@@ -177,15 +175,9 @@ def check_kl_per_response(answer):
     kept = lambda a, b, m: torch.where(m, a - b, 0.0)
     hints = [
         (lambda a, b, m: (a - b).sum(1), "the pads are in it: use the mask"),
-        (
-            lambda a, b, m: ((a - b) * m).sum(1),
-            "NaN times 0 is NaN: choose with torch.where(mask, ..., 0.0) instead of multiplying",
-        ),
+        (lambda a, b, m: ((a - b) * m).sum(1), "NaN times 0 is NaN: choose with torch.where(mask, ..., 0.0) instead of multiplying"),
         (lambda a, b, m: kept(b, a, m).sum(1), "the sign: logprobs - ref_logprobs"),
-        (
-            lambda a, b, m: kept(a, b, m).sum(1) / m.sum(1),
-            "that is the mean over tokens; a response's log-probability is the sum",
-        ),
+        (lambda a, b, m: kept(a, b, m).sum(1) / m.sum(1), "that is the mean over tokens; a response's log-probability is the sum"),
         (lambda a, b, m: kept(a, b, m).mean(1), "that is a mean, and over pads too; a response's log-probability is the sum"),
         (lambda a, b, m: kept(a, b, m), "that is per token; sum over the tokens, dimension 1"),
         (lambda a, b, m: kept(a, b, m).sum(), "one number for the whole batch; sum over the tokens, dimension 1"),
@@ -216,10 +208,7 @@ def check_gae(answer):
         (lambda r, v, g, l: gae(r, v, g, l)[::-1], "those come in reverse order"),
         (lambda r, v, g, l: [a + b for a, b in zip(gae(r, v, g, l), v)], "those are the returns: advantage + value"),
     ]  # fmt: skip
-    cases = [
-        ((rewards, values, gamma, lam), gae(rewards, values, gamma, lam))
-        for gamma, lam in ((0.9, 0.8), (1.0, 0.95), (1.0, 0.0))
-    ]
+    cases = [((rewards, values, gamma, lam), gae(rewards, values, gamma, lam)) for gamma, lam in ((0.9, 0.8), (1.0, 0.95), (1.0, 0.0))]
     function(answer, cases, hints, praise="the same advantages as ppo.gae")
 
 
@@ -231,14 +220,8 @@ def check_gets_gradient(answer):
     ratios = torch.tensor([0.7, 1.0, 1.3, 0.7, 1.0, 1.3])
     inside = lambda a, r, c: (r > 1 - c) & (r < 1 + c)
     hints = [
-        (
-            inside,
-            "clipping works in one direction: a good token below 1 - cliprange and a bad one above 1 + cliprange still move",
-        ),
-        (
-            lambda a, r, c: torch.where(a > 0, r > 1 - c, r < 1 + c),
-            "the sides are swapped: a good token (A > 0) is stopped above 1 + cliprange",
-        ),
+        (inside, "clipping works in one direction: a good token below 1 - cliprange and a bad one above 1 + cliprange still move"),
+        (lambda a, r, c: torch.where(a > 0, r > 1 - c, r < 1 + c), "the sides are swapped: a good token (A > 0) is stopped above 1 + cliprange"),
         (lambda a, r, c: ~torch.where(a > 0, r < 1 + c, r > 1 - c), "those are the tokens that are stopped"),
         (lambda a, r, c: r < 1 + c, "right for good tokens; a bad one (A < 0) is stopped below 1 - cliprange"),
     ]
@@ -276,20 +259,12 @@ def check_net_score(answer):
     hints = [
         (each(lambda s, kl, c, n: s - kl), "the KL is in nats; kl_coef turns it into units of the score"),
         (each(lambda s, kl, c, n: s + c * kl), "the penalty is taken away, not added"),
-        (
-            each(lambda s, kl, c, n: s - c * kl * n),
-            "objective/kl is a sum over the response already; do not multiply by its length",
-        ),
+        (each(lambda s, kl, c, n: s - c * kl * n), "objective/kl is a sum over the response already; do not multiply by its length"),
         (each(lambda s, kl, c, n: s - c * kl / n), "objective/kl is a sum over the response, and the response pays all of it"),
         (each(lambda s, kl, c, n: s - 0.05 * kl), "the coefficient can change from step to step: take it from the same row"),
         (each(lambda s, kl, c, n: s), "that is the score alone; what does the KL cost?"),
     ]
-    function(
-        answer,
-        [((history,), [s - c * kl for s, kl, c, _ in numbers])],
-        hints,
-        praise="score minus price times KL, step by step",
-    )
+    function(answer, [((history,), [s - c * kl for s, kl, c, _ in numbers])], hints, praise="score minus price times KL, step by step")
 
 
 def check_word_reward(answer):
@@ -301,21 +276,10 @@ def check_word_reward(answer):
         (lambda p, texts: [-0.1 * len(t.split()) for t in texts], "the first twenty words are free"),
         (lambda p, texts: [-0.1 * (len(t.split()) - 20) for t in texts], "a short answer gets a bonus here; use max(0, ...)"),
         (lambda p, texts: [0.1 * max(0, len(t.split()) - 20) for t in texts], "the sign: more words should be worse"),
-        (
-            lambda p, texts: [-0.1 * max(0, len(t) - 20) for t in texts],
-            "len of a string counts letters; split it into words first",
-        ),
-        (
-            lambda p, texts: [-1.0 * max(0, len(t.split()) - 20) for t in texts],
-            "a tenth of a point for each word, not a whole one",
-        ),
+        (lambda p, texts: [-0.1 * max(0, len(t) - 20) for t in texts], "len of a string counts letters; split it into words first"),
+        (lambda p, texts: [-1.0 * max(0, len(t.split()) - 20) for t in texts], "a tenth of a point for each word, not a whole one"),
     ]
-    function(
-        answer,
-        [((prompts, texts), right(prompts, texts))],
-        hints,
-        praise="one number for each response, and only length counts",
-    )
+    function(answer, [((prompts, texts), right(prompts, texts))], hints, praise="one number for each response, and only length counts")
 
 
 # ---------------------------------------------------------------- 06 TRL, and beyond one machine
@@ -346,16 +310,10 @@ def check_share_of_four(answer):
         return say(False, f"batch_size is {answer.batch_size}, and {total}: it is counted per process")
     group = answer.mini_batch_size * answer.gradient_accumulation_steps
     if group != 4:
-        return say(
-            False, f"that makes {4 // group} optimizer steps from one batch; the profile makes one from all 16 responses"
-        )
+        return say(False, f"that makes {4 // group} optimizer steps from one batch; the profile makes one from all 16 responses")
     for name, value in vars(CPU.ppo_config()).items():
         if name not in ("batch_size", "mini_batch_size", "gradient_accumulation_steps") and getattr(answer, name) != value:
-            hint = (
-                "gradients are averaged, not added: the update is the same, and so is its rate"
-                if "learning_rate" in name
-                else "leave it"
-            )
+            hint = "gradients are averaged, not added: the update is the same, and so is its rate" if "learning_rate" in name else "leave it"
             return say(False, f"{name} is {getattr(answer, name)!r}, in the profile {value!r}: {hint}")
     say(True, "4 responses on each of 4 processes, one optimizer step, all else as it was")
 
@@ -365,10 +323,7 @@ def check_mean_of_all(answer):
     cases = [(([6.0, 2.0], [2, 8]), 0.8), (([1.0, 2.0, 9.0], [1, 1, 4]), 2.0)]
     means = lambda sums, counts: [s / n for s, n in zip(sums, counts)]
     hints = [
-        (
-            lambda s, n: sum(means(s, n)) / len(s),
-            "a mean of means counts a token more where there are few; add up sums and counts first",
-        ),
+        (lambda s, n: sum(means(s, n)) / len(s), "a mean of means counts a token more where there are few; add up sums and counts first"),
         (lambda s, n: sum(s) / len(s), "that is a sum per process; divide by the number of tokens"),
         (lambda s, n: sum(means(s, n)), "those are means added up; divide the whole sum by the whole count"),
         (lambda s, n: sum(s), "that is the sum over all tokens; divide by their number"),
@@ -398,10 +353,7 @@ def check_best_policy(answer):
         (ideal(lambda p, score, beta: p * score / beta), "the exponential is missing: exp(score / beta)"),
         (lambda ref, scores, beta: [p * math.exp(s / beta) for p, s in zip(ref, scores)], "probabilities add up to 1: divide by their sum"),
     ]  # fmt: skip
-    cases = [
-        (arguments, right(*arguments))
-        for arguments in (([0.7, 0.3], [0.0, 1.0], 0.5), ([0.5, 0.4, 0.1], [0.2, -1.0, 2.0], 2.0))
-    ]
+    cases = [(arguments, right(*arguments)) for arguments in (([0.7, 0.3], [0.0, 1.0], 0.5), ([0.5, 0.4, 0.1], [0.2, -1.0, 2.0], 2.0))]
     function(answer, cases, hints, praise="the reference, tilted by exp(score / beta)")
 
 
@@ -423,10 +375,7 @@ def check_steps_until_spent(answer):
         (until(window=10**6), "that is the mean of all steps so far; only the last four count"),
         (until(count=0), "one too few: the step that passes the budget has been made"),
         (until(late=True), "while there are fewer than four steps, the mean is over those"),
-        (
-            lambda kls, budget: sum(kl <= budget for kl in kls),
-            "a KL may fall again, but the run has ended; find the first step, by the mean of four",
-        ),
+        (lambda kls, budget: sum(kl <= budget for kl in kls), "a KL may fall again, but the run has ended; find the first step, by the mean of four"),
     ]
     runs = [[1.0, 2.0, 9.0, 3.0, 4.0, 12.0, 14.0, 15.0, 2.0], [0.1, 0.2, 0.3], [20.0, 1.0, 1.0, 1.0, 1.0]]
     cases = [((kls, 8.0), until()(kls, 8.0)) for kls in runs]
@@ -444,9 +393,4 @@ def check_cautious(answer):
         (lambda a, b: min(a.min(), b.min()), "one number for the whole batch; one for each response is wanted"),
         (lambda a, b: a if a.sum() < b.sum() else b, "that chooses one model for the whole batch; choose for each response"),
     ]
-    function(
-        answer,
-        [((first, second), torch.minimum(first, second))],
-        hints,
-        praise="a response is as good as its sterner judge says",
-    )
+    function(answer, [((first, second), torch.minimum(first, second))], hints, praise="a response is as good as its sterner judge says")
