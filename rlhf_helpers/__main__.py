@@ -145,8 +145,6 @@ def checked(options):
     output = Path(options.output)
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {output}: is a file; expected a folder")
-    if options.resume and not any(Path(options.resume + ending, "trainer.json").is_file() for ending in ("", ".old")):
-        raise InputError(f"--resume {options.resume}: no checkpoint here; expected a folder made by an earlier run")
     reward_folder = options.reward_model or root / profile.reward_model
     how = (options.save_every, output, options.fresh, options.resume, reward_folder, started)
     return Job(profile, config, prompts, heldout, steps, *how)
@@ -158,19 +156,22 @@ def run(options):
     import torch
     from accelerate import PartialState
 
+    from rlhf_helpers.checkpoint import read_settings
     from rlhf_helpers.machine import device_and_dtype
     from rlhf_helpers.models import resolve
     from rlhf_helpers.reward import RewardModel, ensure_reward_model
     from rlhf_helpers.run import alone_in, finished, saved_run, settings
 
-    if options.reward_model:
-        RewardModel.load(options.reward_model)  # a wrong folder is reported before the models are fetched
     device, dtype = device_and_dtype()
     processes = PartialState(cpu=device.type == "cpu")  # one, unless `accelerate launch` started more; the main one speaks
     if dtype == torch.float16:
         processes.print("this card has no native bf16 (compute capability below 8.0): computing in fp16, which ends at 65,504")
     if processes.num_processes > 1 and not Path(job.reward_folder).exists():  # transformers' Trainer would join these processes
         raise InputError(f"{job.reward_folder}: no reward model yet; expected one from `python -m rlhf_helpers --prepare`")
+    if options.reward_model:  # wrong folders are reported before the models are fetched
+        RewardModel.load(options.reward_model)
+    if job.resume:
+        read_settings(job.resume, job.config, processes.num_processes)
     with processes.main_process_first():
         resolve(job.profile.model)
         reward = ensure_reward_model(job.reward_folder)

@@ -127,18 +127,8 @@ def load_checkpoint(trainer, folder, strict=True):
     With `strict=False` the trainer's settings may differ, and hold from here on. So does its init_kl_coef: the KL coefficient
     is the checkpoint's only where both began with the same."""
     folder, about = _read(folder)
-    processes, here = about["num_processes"], trainer.accelerator.num_processes
-    if processes != here:
-        raise InputError(
-            f"{folder}: written by {processes} processes, resumed by {here}; expected as many: each has its own random states "
-            f"(accelerate launch --num_processes {processes} ...)"
-        )
-    settings = vars(trainer.config)
-    for name in (name for name in settings if strict and name not in FREE and settings[name] != about["config"][name]):
-        found = about["config"][name]
-        raise InputError(
-            f"{folder}: PPOConfig.{name} is {shown(settings[name])} here and {shown(found)} in the checkpoint; expected the same (or begin anew)"
-        )
+    processes = about["num_processes"]
+    _check_settings(folder, about, trainer.config, trainer.accelerator.num_processes, strict)
     same_price = trainer.config.init_kl_coef == about["config"]["init_kl_coef"]
     kl_coef = about["kl_coef"] if same_price else trainer.config.init_kl_coef
     history = _read_history(folder, about["steps_done"])
@@ -153,10 +143,28 @@ def load_checkpoint(trainer, folder, strict=True):
         raise
 
 
-def read_settings(folder):
+def read_settings(folder, config=None, processes=1):
     """What a checkpoint says of itself: a dict with steps_done, kl_coef, num_processes, config (the PPOConfig as a dict) and
-    extra (what was given to `save_checkpoint`). Raises InputError unless the folder is a whole checkpoint."""
-    return _read(folder)[1]
+    extra (what was given to `save_checkpoint`). Raises InputError unless the folder is a whole checkpoint, and, if a PPOConfig
+    is given, unless so many processes with these settings could load it."""
+    folder, about = _read(folder)
+    if config:
+        _check_settings(folder, about, config, processes)
+    return about
+
+
+def _check_settings(folder, about, config, processes, strict=True):
+    if about["num_processes"] != processes:
+        raise InputError(
+            f"{folder}: written by {about['num_processes']} processes, resumed by {processes}; expected as many: each has its own "
+            f"random states (accelerate launch --num_processes {about['num_processes']} ...)"
+        )
+    for name, here in vars(config).items():
+        there = about["config"][name]
+        if strict and name not in FREE and here != there:
+            raise InputError(
+                f"{folder}: PPOConfig.{name} is {shown(here)} here and {shown(there)} in the checkpoint; expected the same (or begin anew)"
+            )
 
 
 def _read(folder):

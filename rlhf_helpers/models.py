@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 from rlhf_helpers.assets import ASSETS, ensure_model
 from rlhf_helpers.data import turns
 from rlhf_helpers.errors import InputError
+from rlhf_helpers.files import reason
 from rlhf_helpers.machine import device_and_dtype
 from rlhf_helpers.quirks import give_back_large_blocks, give_back_the_rest, is_4bit_layer, keep_gradients, unmap
 
@@ -26,7 +27,7 @@ transformers_logging.disable_progress_bar()  # "Loading weights: 100%" on stderr
 
 def resolve(model):
     """What `from_pretrained` can load for `model`: a name of ASSETS (fetched if missing), a folder, or org/model on a hub.
-    Raises ValueError for anything else."""
+    Raises InputError for anything else."""
     if str(model) in ASSETS:
         return str(ensure_model(str(model)))
     if (Path(model) / "config.json").is_file() or (Path(model) / "adapter_config.json").is_file():
@@ -36,6 +37,19 @@ def resolve(model):
     raise InputError(
         f"unknown model {str(model)!r}; expected one of {', '.join(ASSETS)}, a folder with config.json, or org/model"
     )
+
+
+@contextlib.contextmanager
+def usable(model):
+    """Inside, whatever transformers finds wrong with a model's files is an InputError: it reads folders that others wrote."""
+    try:
+        yield
+    except (InputError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise InputError(
+            f"{model}: cannot be used as a model ({reason(error)}); expected one that transformers can load"
+        ) from error
 
 
 def quantization_config(compute_dtype=torch.bfloat16):
@@ -51,7 +65,9 @@ def quantization_config(compute_dtype=torch.bfloat16):
 def load_tokenizer(model):
     """The model's tokenizer, padding on the left and with a pad token: its own, else an unused reserved token, else EOS
     (harmless here, where masks come from lengths). The vocabulary is never resized."""
-    tokenizer = AutoTokenizer.from_pretrained(resolve(model), padding_side="left")
+    folder = resolve(model)
+    with usable(model):
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     if tokenizer.pad_token_id is None:
         spare = [t for t in ("<|endoftext|>", "<pad>", "<unk>") if t in tokenizer.get_vocab() and t != tokenizer.eos_token]
         tokenizer.pad_token = spare[0] if spare else tokenizer.eos_token
@@ -92,13 +108,15 @@ def load_causal_lm(model, quantize=True, dtype=None):
             f"{model}: a folder of adapters, which new ones would silently replace; expected the model under them (to go on from "
             "adapters: PolicyWithValueHead(PeftModel.from_pretrained(base, folder, is_trainable=True)))"
         )
-    lm = AutoModelForCausalLM.from_pretrained(
-        resolve(model),
-        dtype=dtype,
-        quantization_config=quantization_config(dtype) if quantize else None,
-        device_map={"": device},
-        attn_implementation="eager" if device.type == "cpu" else "sdpa",  # measured: eager trains faster on two cores
-    )
+    folder = resolve(model)
+    with usable(model):
+        lm = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            quantization_config=quantization_config(dtype) if quantize else None,
+            device_map={"": device},
+            attn_implementation="eager" if device.type == "cpu" else "sdpa",  # measured: eager trains faster on two cores
+        )
     keep_gradients(lm)
     if device.type == "cpu" and quantize:
         unmap(lm)
@@ -224,6 +242,16 @@ class PolicyWithValueHead(nn.Module):
         )  # its name since transformers 5.23
         enable({"use_reentrant": False})
         self.pretrained_model.enable_input_require_grads()
+
+    def require_gradients(self):
+        """Raises RuntimeError, leaving no gradient behind, unless every adapter that learns has got one."""
+        for name, parameter in self.pretrained_model.named_parameters():
+            if parameter.requires_grad and "lora_" in name and parameter.grad is None:
+                self.zero_grad()
+                raise RuntimeError(
+                    f"adapter {name} got no gradient: it would never train. Was the 4-bit model run outside PolicyWithValueHead "
+                    "and repacked by bitsandbytes? See quirks.keep_gradients"
+                )
 
     @contextlib.contextmanager
     def without_dropout(self, checkpointing=False):

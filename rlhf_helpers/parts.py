@@ -6,9 +6,11 @@ import warnings
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 
 from rlhf_helpers.config import project_root
 from rlhf_helpers.errors import InputError
+from rlhf_helpers.files import shown
 from rlhf_helpers.machine import device_and_dtype
 from rlhf_helpers.models import PolicyWithValueHead, encode_prompt, is_4bit
 from rlhf_helpers.quirks import give_back_large_blocks
@@ -47,6 +49,10 @@ def processes(config):
     if on_cpu:
         give_back_large_blocks()
     folder = project_root() / "output" / "tracking"
+    here = [str(tracker) for tracker in get_available_trackers()]
+    if config.log_with not in (None, "all", *here):  # Accelerate would pass over one that it knows and that is not installed
+        installed = ", ".join(here) or "none is installed (pip install -e .[tracking])"
+        raise InputError(f"PPOConfig.log_with is {shown(config.log_with)}; expected a tracker that is installed: {installed}")
     accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", log_with=config.log_with, project_dir=folder)
     if config.log_with:
         accelerator.init_trackers("rlhf-ppo", config={k: v for k, v in vars(config).items() if v is not None})

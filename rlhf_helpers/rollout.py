@@ -63,6 +63,16 @@ def collate(queries, responses, scores, pad_id, device):
     )
 
 
+def clipped_scores(scores, responses, config, eos_ids):
+    """Scores (B,) within score_clip, less missing_eos_penalty for a response that does not end by itself."""
+    if config.score_clip is not None:
+        scores = scores.clamp(-config.score_clip, config.score_clip)
+    if config.missing_eos_penalty is not None:
+        unfinished = torch.tensor([not set(eos_ids) & set(response.tolist()) for response in responses])
+        scores = scores - config.missing_eos_penalty * unfinished
+    return scores
+
+
 def fill_rewards(rollout, kl_coef):
     """Rewards per token from the scores and the KL penalty."""
     rollout.rewards, rollout.non_score_rewards = ppo.token_rewards(rollout.scores, rollout.kl, rollout.mask, kl_coef)

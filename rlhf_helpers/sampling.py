@@ -23,8 +23,14 @@ NEUTRAL = {
 }  # fmt: skip
 
 
-def refuse_what_is_not_neutral(options):
-    """Raises InputError for a generation option that is unknown, or that would change the distribution."""
+def checked_options(own_temperature, temperature, greedy, eos_token_id, pad_token_id, do_sample=True, **options):
+    """(temperature, greedy, the ids that end a response, pad id) of a call to `generate`. Raises InputError for an option that is
+    unknown, or that would change the distribution: what is sampled is softmax(logits / own_temperature), whole."""
+    temperature, greedy = own_temperature if temperature is None else temperature, greedy or do_sample is False
+    if not greedy and temperature != own_temperature:
+        raise InputError(
+            f"generate: temperature {temperature} is not PPOConfig.temperature {own_temperature}, at which log-probs are taken"
+        )
     for name, value in options.items():
         if name not in NEUTRAL:
             raise InputError(f"generate: unknown option {name}={value!r}")
@@ -32,6 +38,7 @@ def refuse_what_is_not_neutral(options):
             raise InputError(
                 f"generate: {name}={value!r} would sample from another distribution than the one that is scored; expected {NEUTRAL[name][0]}"
             )
+    return temperature, greedy, end_ids(eos_token_id), pad_token_id
 
 
 def end_ids(eos_id):
@@ -123,6 +130,14 @@ def how_drawn(responses, temperature, weights):
     return [note if note is not None and true(note, ids) else None for note, ids in zip(notes, responses)]
 
 
+def padded(notes, device):
+    """(log-probs (B, T), hidden states (B, T, H)) of responses from their Drawn; (None, None) unless all have one."""
+    if None in notes:
+        return None, None
+    pad = lambda parts: torch.nn.utils.rnn.pad_sequence(parts, batch_first=True).to(device)
+    return pad([note.logprobs for note in notes]), pad([note.hidden for note in notes])
+
+
 @torch.no_grad()
 def sample(lm, queries, max_new_tokens, eos_id, pad_id, temperature=1.0, generator=None, greedy=False, reader=None):
     """Samples for `queries`, a list of 1-D LongTensors: up to `max_new_tokens` each, cut after the first EOS (one id or
@@ -138,6 +153,10 @@ def sample(lm, queries, max_new_tokens, eos_id, pad_id, temperature=1.0, generat
     for _ in range(max_new_tokens):
         logits, hidden = reader.read(tokens, attention, positions)
         logits = logits[: len(queries)].float() / temperature  # fp32, as log-probs are taken
+        if not logits.amax(-1).isfinite().all():  # NaN, or infinite: no token could be drawn from that
+            raise InputError(
+                "generate: the model gave logits that are not finite; expected finite ones: are its weights finite?"
+            )
         drawn = logits.argmax(-1, keepdim=True) if greedy else draw(logits, generator)
         written.append((torch.where(ended, -1, drawn), -nll(logits, drawn), hidden[: len(queries), None]))  # -1: after the end
         drawn = torch.where(ended, pad_id, drawn)

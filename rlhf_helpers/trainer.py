@@ -11,12 +11,11 @@ import torch
 
 from rlhf_helpers import fast, ppo
 from rlhf_helpers.checkpoint import load_checkpoint, save_checkpoint
-from rlhf_helpers.errors import InputError
 from rlhf_helpers.interrupts import finishing
 from rlhf_helpers.models import eos_ids, response_logits
 from rlhf_helpers.parts import adam, check_parts, encode_prompts, processes, reference_of, room_for_prompts, rows_of
-from rlhf_helpers.rollout import checked_batch, checked_ids, collate, fill_rewards, gae_advantages
-from rlhf_helpers.sampling import Drawn, digest, end_ids, how_drawn, reader_of, refuse_what_is_not_neutral, sample
+from rlhf_helpers.rollout import checked_batch, checked_ids, clipped_scores, collate, fill_rewards, gae_advantages
+from rlhf_helpers.sampling import Drawn, checked_options, digest, how_drawn, padded, reader_of, sample
 from rlhf_helpers.stats import Clock, minibatch_stats, sampler_stats, step_stats
 
 
@@ -59,14 +58,8 @@ class PPOTrainer:
 
         The policy's own distribution at the config's temperature is sampled, whole: an option that would change it (top_k,
         top_p, penalties, another temperature) raises InputError. `reference=True` samples from the reference."""
-        temperature = self.config.temperature if temperature is None else temperature
-        greedy = greedy or kwargs.pop("do_sample", True) is False
-        if not greedy and temperature != self.config.temperature:
-            raise InputError(
-                f"generate: temperature {temperature} is not PPOConfig.temperature {self.config.temperature}, at which log-probs are taken"
-            )
-        eos, pad_id = end_ids(kwargs.pop("eos_token_id", self.eos_ids)), kwargs.pop("pad_token_id", self.tokenizer.pad_token_id)
-        refuse_what_is_not_neutral(kwargs)
+        kwargs = dict(eos_token_id=self.eos_ids, pad_token_id=self.tokenizer.pad_token_id) | kwargs
+        temperature, greedy, eos, pad_id = checked_options(self.config.temperature, temperature, greedy, **kwargs)
         queries = checked_ids("query", queries, self.model.config.get_text_config().vocab_size)
         size, length = batch_size or len(queries), max_new_tokens or self.config.max_new_tokens
         responses, weights = [], None if reference else digest(self.parameters)
@@ -168,14 +161,10 @@ class PPOTrainer:
         expected = f"{size}" if size != config.batch_size else f"PPOConfig.batch_size = {size}"
         vocabulary = self.model.config.get_text_config().vocab_size
         queries, responses, scores = checked_batch(queries, responses, scores, size, vocabulary, expected)
-        if config.score_clip is not None:
-            scores = scores.clamp(-config.score_clip, config.score_clip)
-        if config.missing_eos_penalty is not None:
-            unfinished = torch.tensor([not set(self.eos_ids) & set(response.tolist()) for response in responses])
-            scores = scores - config.missing_eos_penalty * unfinished
+        scores = clipped_scores(scores, responses, config, self.eos_ids)
         rollout = collate(queries, responses, scores, tokenizer.pad_token_id, self.device)
         rollout.texts, rollout.prompts = self.decode(responses), prompts or tokenizer.batch_decode(queries)
-        hidden = self._fill_drawn(rollout, notes)
+        rollout.sampler_logprobs, hidden = padded(notes, self.device)
         chunks = torch.arange(len(rollout), device=self.device).split(config.mini_batch_size)
         parts = [self._score_tokens(rollout, rows, hidden if skip else None) for rows in chunks]
         rollout.logprobs, rollout.ref_logprobs, rollout.values, rollout.kl = (torch.cat(part) for part in zip(*parts))
@@ -186,15 +175,6 @@ class PPOTrainer:
         rollout.new_logprobs = torch.full_like(rollout.logprobs, math.nan)
         clock.lap("time/ppo/compute_advantages")
         return rollout
-
-    def _fill_drawn(self, rollout, notes):
-        """Gives the rollout its `sampler_logprobs`, where all responses know how they were drawn. Returns their hidden states
-        (B, T, H), or None."""
-        if None in notes:
-            return None
-        pad = lambda parts: torch.nn.utils.rnn.pad_sequence(parts, batch_first=True).to(self.device)
-        rollout.sampler_logprobs = pad([note.logprobs for note in notes])
-        return pad([note.hidden for note in notes])
 
     @torch.no_grad()
     def _score_tokens(self, rollout, rows, hidden=None):
@@ -252,7 +232,7 @@ class PPOTrainer:
                 usable &= math.isfinite(stats["loss/total"]) and stats["policy/ratio_mean"] <= self.config.ratio_threshold
                 self.accelerator.backward(loss * rollout.mask[rows].sum() / tokens_per_process)
                 updates.append(stats)
-        self._require_gradients()
+        self.model.require_gradients()
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)
         if usable := usable and bool(torch.isfinite(norm)):
             self.optimizer.step()
@@ -276,28 +256,10 @@ class PPOTrainer:
 
         with torch.no_grad():
             rollout.new_logprobs[rows] = logprobs
-            stats = minibatch_stats(
-                losses=(policy_losses, value_losses),
-                clipped=(policy_clipped, value_clipped),
-                entropy=entropy,
-                logprobs=(logprobs, old_logprobs),
-                values=(values, old_values),
-                advantages=advantages,
-                returns=returns,
-                mask=mask,
-                vf_coef=config.vf_coef,
-                total=self.total,
-            )
+            losses, clipped = (policy_losses, value_losses), (policy_clipped, value_clipped)
+            pairs = (logprobs, old_logprobs), (values, old_values)
+            stats = minibatch_stats(losses, clipped, entropy, *pairs, advantages, returns, mask, config.vf_coef, self.total)
         return loss, stats
-
-    def _require_gradients(self):
-        for name, parameter in self.model.pretrained_model.named_parameters():
-            if parameter.requires_grad and "lora_" in name and parameter.grad is None:
-                self.optimizer.zero_grad()
-                raise RuntimeError(
-                    f"adapter {name} got no gradient: it would never train. Was the 4-bit model run outside PolicyWithValueHead "
-                    "and repacked by bitsandbytes? See quirks.keep_gradients"
-                )
 
     # ------------------------------------------------------------ save and resume
 

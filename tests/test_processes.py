@@ -1,5 +1,6 @@
 """Several processes, started by `accelerate launch` on the CPU (gloo), as a user starts them."""
 
+import json
 import os
 import subprocess
 import sys
@@ -38,6 +39,16 @@ def test_two_processes_with_half_the_batch_each_make_the_update_of_one_with_the_
 def test_two_processes_resume_bitwise_each_with_its_own_random_state(tmp_path):
     output = launch(2, "tests.worker", "resume", str(tmp_path))
     assert "process 0 of 2: resumed bitwise" in output and "process 1 of 2: resumed bitwise" in output
+
+
+def test_processes_share_the_prompts_and_draw_apart_and_one_held_out_prompt_is_enough_for_two(tmp_path):
+    launch(2, "tests.worker", "shares", str(tmp_path))
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first["steps"] == second["steps"] == 12 // (2 * 2), (
+        "one pass over the prompts, by default, of all processes together"
+    )
+    assert len(set(first["seen"] + second["seen"])) == 12 and first["drawn"] != second["drawn"]
+    assert first["judged"] == second["judged"] == ["t4 t5"] and first["texts"] == second["texts"]
 
 
 def test_an_update_that_one_process_cannot_make_is_made_by_none(tmp_path):

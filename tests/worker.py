@@ -1,5 +1,6 @@
 """What each process of tests/test_processes.py runs: `accelerate launch ... -m tests.worker JOB FOLDER`."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import save_file
 
+from rlhf_helpers.evaluation import evaluate
 from tests import tiny
 
 ORDERS = {4: [0, 2, 1, 3], 2: [0, 1]}  # of the rows: either way the first minibatch is made of rows 0 and 2
@@ -64,6 +66,25 @@ def resume(folder):
     print(f"process {state.process_index} of {state.num_processes}: resumed bitwise, {responses}", flush=True)
 
 
+def shares(folder):
+    """What each process has for itself, and what all have in common: prompts, random numbers, steps, held-out prompts."""
+    make = lambda: tiny.trainer(batch_size=2, mini_batch_size=2)
+    prompts, seen = [f"t{i} t{i + 1}" for i in range(4, 16)], []
+    reward = lambda given, texts: seen.extend(given) or [len(text.split()) % 5 for text in texts]
+    trainer = make()
+    trainer.train(prompts, reward)  # one pass
+    judged = evaluate(trainer, prompts[:1], lambda given, texts: [1.0] * len(texts), samples=1)
+    rank = PartialState(cpu=True).process_index
+    about = dict(
+        seen=seen,
+        steps=trainer.steps_done,
+        drawn=make().generator.initial_seed(),
+        judged=judged.prompts,
+        texts=judged.responses,
+    )
+    (folder / f"{rank}.json").write_text(json.dumps(about))
+
+
 def unlucky(folder):
     """One process gets scores beyond all bounds: both leave the update out, and both have the same weights."""
     trainer = tiny.trainer(batch_size=2, mini_batch_size=2)
@@ -76,5 +97,5 @@ def unlucky(folder):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"update": update, "resume": resume, "unlucky": unlucky}[sys.argv[1]](Path(sys.argv[2]))
+    {"update": update, "resume": resume, "shares": shares, "unlucky": unlucky}[sys.argv[1]](Path(sys.argv[2]))
     leave()

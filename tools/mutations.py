@@ -2,7 +2,7 @@
 tests there, and prints which one failed first. A fault that none of them notices is named, and the exit status is 1.
 
 The table of faults is worth reading by itself: none of them raises an error, and most of them still train something.
-`--list` prints it, `--only NAME` tries one fault. The working tree is never touched. About four minutes on one thread."""
+`--list` prints it, `--only NAME` tries one fault. The working tree is never touched. About ten minutes on one thread."""
 
 import argparse
 import os
@@ -17,7 +17,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("rlhf_helpers", "tests", "pyproject.toml", "conftest.py")
-TESTS = ("ppo", "rollout", "sampling", "models", "faults", "oracle", "trainer", "checkpoint", "evaluation")
+TESTS = ("ppo", "rollout", "sampling", "models", "faults", "oracle", "trainer", "fast", "checkpoint", "files", "reward",
+         "evaluation", "processes")  # fmt: skip
 
 # A file of rlhf_helpers; what stands there, exactly once; what is put in its place; the tests/test_*.py to try first.
 Fault = namedtuple("Fault", "name file old new tests")
@@ -33,22 +34,26 @@ FAULTS = [
     Fault("EOS of the prompt ends the response", "sampling.py",
           "ended = torch.zeros(len(queries), 1, dtype=torch.bool, device=device)",
           "ended = (tokens == eos_id).any(1, keepdim=True)", "sampling"),
-    Fault("positions count left padding", "models.py", "positions = (attention_mask.cumsum(1) - 1).clamp(min=0)",
-          "positions = torch.arange(width, device=input_ids.device).expand_as(attention_mask)", "models"),
-    Fault("values read one position late", "models.py", "self.v_head(hidden)", "self.v_head(hidden.roll(-1, 1))", "models"),
+    Fault("positions count left padding", "models.py", "return (attention_mask.cumsum(1) - 1).clamp(min=0)",
+          "return torch.arange(attention_mask.shape[1], device=attention_mask.device).expand_as(attention_mask)", "models"),
+    Fault("values read one position late", "models.py", "self.v_head(hidden[-1])", "self.v_head(hidden[-1].roll(-1, 1))", "models"),
     Fault("dropout left on", "models.py", "self.eval()", "pass", "models"),
     Fault("4-bit layers unprotected", "models.py", "keep_gradients(causal_lm)", "pass", "faults"),
     Fault("reference with adapters on", "trainer.py", "with self.model.adapters_off():",
           "with contextlib.nullcontext():", "oracle"),
     Fault("log-probs at another temperature", "trainer.py", "rollout.response_ids[rows], mask, config.temperature)",
           "rollout.response_ids[rows], mask)", "trainer"),
-    Fault("reference at another temperature", "trainer.py", "logprobs_from_logits(ref_logits, ids, mask, temperature)",
-          "logprobs_from_logits(ref_logits, ids, mask)", "faults"),
+    Fault("reference at another temperature", "trainer.py", "token_logprobs(ref_logits, ids, mask, temperature)",
+          "token_logprobs(ref_logits, ids, mask)", "faults"),
+    Fault("samples of former weights believed", "sampling.py", "note.temperature == temperature and note.weights == weights",
+          "note.temperature == temperature", "fast"),
+    Fault("sampler believed before it was compared", "trainer.py",
+          'self.sampler_is_exact = stats["objective/sampler_max_diff"] == 0', "self.sampler_is_exact = True", "fast"),
     # rewards and advantages
     Fault("score on the pad", "ppo.py", "last = mask.sum(1) - 1", "last = torch.full((len(mask),), mask.shape[1] - 1)", "ppo"),
     Fault("k3 in the reward", "ppo.py", 'if kind == "kl":\n        return difference',
           'if kind == "kl":\n        return torch.exp(-difference) - 1 + difference', "ppo"),
-    Fault("lam and gamma swapped", "trainer.py", "config.gamma, config.lam", "config.lam, config.gamma", "oracle"),
+    Fault("lam and gamma swapped", "rollout.py", "config.gamma, config.lam", "config.lam, config.gamma", "oracle"),
     Fault("a value after the last token", "ppo.py", "next_value = next_advantage = torch.zeros_like(rewards[:, 0])",
           "next_value, next_advantage = values[:, -1], torch.zeros_like(rewards[:, 0])", "ppo"),
     # losses and the optimizer step
@@ -62,6 +67,57 @@ FAULTS = [
     Fault("accumulation unweighted", "trainer.py", "loss * rollout.mask[rows].sum() / tokens_per_process",
           "loss / self.config.gradient_accumulation_steps", "oracle"),
     Fault("gradient clip skipped", "trainer.py", "self.config.max_grad_norm or math.inf", "math.inf", "oracle"),
+    Fault("an update that is not finite is made", "trainer.py", "if usable := usable and bool(torch.isfinite(norm)):", "if True:",
+          "trainer"),
+    # the fast sampler: the plain one's bits, sooner
+    Fault("sampling without the adapters", "fast.py", "    if adapters:\n        downs", "    if False:\n        downs", "fast"),
+    Fault("LoRA's scaling forgotten", "fast.py", "(F.linear(narrow, up) * scaling)", "F.linear(narrow, up)", "fast"),
+    Fault("LoRA in bf16", "fast.py", "for down in downs], -1)", "for down in downs], -1).bfloat16().float()", "fast"),
+    Fault("left padding is looked at", "fast.py", "F.pad(attention.bool(),", "F.pad(torch.ones_like(attention).bool(),", "fast"),
+    Fault("attention's softmax in bf16", "fast.py", "F.softmax(scores, -1, dtype=torch.float32)", "F.softmax(scores, -1)", "fast"),
+    Fault("a single row by itself", "fast.py", "least_rows = 2", "least_rows = 1", "fast"),
+    Fault("a prompt that sees its future", "fast.py", "dtype=torch.bool).tril()", "dtype=torch.bool)", "fast"),
+    Fault("gradient at another temperature", "fast.py", "slope.div_(ctx.temperature)", "slope", "fast"),
+    # stats: what everything is judged by
+    Fault("KL a token for KL a response", "stats.py", "kl = torch.where(mask, rollout.kl, 0.0).sum(1)",
+          "kl = torch.where(mask, rollout.kl, 0.0).mean(1)", "oracle"),
+    Fault("sampler's KL the other way round", "stats.py", "rollout.sampler_logprobs - logprobs", "logprobs - rollout.sampler_logprobs",
+          "fast"),
+    Fault("unexplained variance for explained", "stats.py", '1 - stats["ppo/val/error"] / returns_var',
+          'stats["ppo/val/error"] / returns_var', "oracle"),
+    Fault("clipped values for clipped tokens", "stats.py", '"policy/clipfrac": mean(policy_clipped.float())',
+          '"policy/clipfrac": mean(value_clipped.float())', "oracle"),
+    Fault("every response counts as ended", "stats.py", "float(bool(set(eos_ids) & set(response.tolist())))", "1.0", "trainer"),
+    # the reward model
+    Fault("label 0 is the good one", "reward.py", "logits.softmax(-1)[:, 1]", "logits.softmax(-1)[:, 0]", "reward"),
+    Fault("scores not centred", "reward.py", "(self.raw(prompts, responses) - self.mean) / self.std",
+          "self.raw(prompts, responses) / self.std", "reward"),
+    Fault("a long response loses its end first", "reward.py", 'truncation="only_first"', 'truncation="longest_first"', "reward"),
+    Fault("the rejected answer is taught", "pairwise.py", "-F.logsigmoid(chosen - rejected)", "-F.logsigmoid(rejected - chosen)",
+          "reward"),
+    # checkpoints: all comes back, or nothing
+    Fault("Adam begins anew", "checkpoint.py", 'load_state_dict({"state": moments,', 'load_state_dict({"state": {},', "checkpoint"),
+    Fault("random numbers begin anew", "checkpoint.py", "_set_random(state.random, trainer.generator.device, trainer.generator)",
+          "_set_random(state.random, trainer.generator.device)", "checkpoint"),
+    Fault("the KL coefficient stays", "checkpoint.py", "= state.steps_done, state.kl_coef, state.history",
+          "= state.steps_done, trainer.kl_coef, state.history", "checkpoint"),
+    Fault("a refused load leaves half of it", "checkpoint.py", "        _put(trainer, before)\n", "", "checkpoint"),
+    Fault("a flipped bit is not seen", "files.py", 'if sha256 != about["sha256"]:', "if False:", "files"),
+    Fault("the old folder goes before the new one stands", "files.py", "            place.rename(old)\n",
+          "            shutil.rmtree(place)\n", "files"),
+    Fault("renamed before it is on the disk", "files.py", "        flush(beside)\n", "", "files"),
+    # several processes: one update, as of one
+    Fault("whitened by each process alone", "trainer.py", "self.advantages(rollout, config, total)", "self.advantages(rollout, config)",
+          "processes"),
+    Fault("a process weighs its own tokens", "trainer.py", "self.total(rollout.mask[group].sum()) / self.accelerator.num_processes",
+          "rollout.mask[group].sum()", "processes"),
+    Fault("stats of one process", "trainer.py", "mask, config.vf_coef, self.total)", "mask, config.vf_coef)", "processes"),
+    Fault("the same prompts for all processes", "trainer.py", "num_processes + self.accelerator.process_index",
+          "num_processes", "processes"),
+    Fault("the same random numbers for all processes", "trainer.py", "config.seed + 1000 * self.accelerator.process_index",
+          "config.seed", "processes"),
+    Fault("random states of the first process for all", "checkpoint.py", "everyones[trainer.accelerator.process_index]",
+          "everyones[0]", "processes"),
 ]  # fmt: skip
 
 # pytest, once it is sure which package it tests: an editable install points to the working tree.
