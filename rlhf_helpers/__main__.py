@@ -130,14 +130,15 @@ class Job:
 def checked(options):
     """The Job of these options. Nothing is made or written; torch is not needed."""
     started, root, profile = time.perf_counter(), project_root(), profile_named(options.profile)
-    if options.model:
+    if options.model is not None:
         profile = dataclasses.replace(profile, model=options.model)
     config = profile.ppo_config(**{field.name: getattr(options, field.name) for field in PPO_FIELDS if field.name in options})
     steps = profile.steps if options.steps is None else options.steps
     for name, number in (("--steps", steps), ("--save_every", options.save_every)):
         if number < 1:
             raise InputError(f"{name} is {number}; expected a whole number from 1")
-    prompts_file, heldout_file = options.prompts or root / profile.prompts, options.heldout or root / profile.heldout_prompts
+    given = lambda name, default: root / default if getattr(options, name) is None else getattr(options, name)
+    prompts_file, heldout_file = given("prompts", profile.prompts), given("heldout", profile.heldout_prompts)
     prompts, heldout = load_prompts(prompts_file), load_prompts(heldout_file)
     prompts = [prompt for prompt in prompts if prompt not in set(heldout)]
     if not prompts:
@@ -145,7 +146,7 @@ def checked(options):
     output = Path(options.output)
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {output}: is a file; expected a folder")
-    reward_folder = options.reward_model or root / profile.reward_model
+    reward_folder = given("reward_model", profile.reward_model)
     how = (options.save_every, output, options.fresh, options.resume, reward_folder, started)
     return Job(profile, config, prompts, heldout, steps, *how)
 
@@ -168,9 +169,9 @@ def run(options):
         processes.print("this card has no native bf16 (compute capability below 8.0): computing in fp16, which ends at 65,504")
     if processes.num_processes > 1 and not Path(job.reward_folder).exists():  # transformers' Trainer would join these processes
         raise InputError(f"{job.reward_folder}: no reward model yet; expected one from `python -m rlhf_helpers --prepare`")
-    if options.reward_model:  # wrong folders are reported before the models are fetched
+    if options.reward_model is not None:  # wrong folders are reported before the models are fetched
         RewardModel.load(options.reward_model)
-    if job.resume:
+    if job.resume is not None:
         read_settings(job.resume, job.config, processes.num_processes)
     with processes.main_process_first():
         resolve(job.profile.model)
@@ -255,7 +256,7 @@ class Keeper:
             standardise_on_base(trainer, reward, job.prompts)
         trainer.accelerator.print(f"held-out prompts: {len(job.heldout)}, with 2 samples each, before training", flush=True)
         before = evaluate(trainer, job.heldout, reward)
-        if job.resume:
+        if job.resume is not None:
             trainer.resume(job.resume)
             trainer.accelerator.print(f"resumed at step {trainer.steps_done}", flush=True)
         self.extra = dict(

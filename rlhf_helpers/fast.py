@@ -195,7 +195,8 @@ class Reader:
 
 class TokenLogprobs(torch.autograd.Function):
     """Log-probs of tokens and entropies, by one softmax in fp32 for both, some rows at a time. For backward it keeps the logits as
-    they are and takes the softmax again: of (B, T, V) numbers in fp32, a hundred megabytes, none stays."""
+    they are and takes the softmax again: of (B, T, V) numbers in fp32, a hundred megabytes, none stays. The gradient then takes
+    the place of the logits, which nobody needs any more (unless they are a leaf, whose numbers are somebody's own)."""
 
     @staticmethod
     def forward(ctx, logits, ids, mask, temperature, chunk):
@@ -212,10 +213,11 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient, _):
         logits, ids, mask = ctx.saved_tensors
-        out = torch.zeros_like(logits)
+        out = logits.clone() if logits.is_leaf else logits.detach()
+        out.masked_fill_(~mask[..., None], 0)
         for at in places(mask, ctx.chunk):
             g = gradient[at][:, None]
-            slope = logits[at].float().div_(ctx.temperature).log_softmax(-1).exp_().mul_(-g)  # d log p_i / d z_j = [i = j] - p_j
+            slope = out[at].float().div_(ctx.temperature).log_softmax(-1).exp_().mul_(-g)  # d log p_i / d z_j = [i = j] - p_j
             slope.scatter_add_(1, ids[at][:, None], g)
             out[at] = slope.div_(ctx.temperature).to(logits.dtype)
         return out, None, None, None, None

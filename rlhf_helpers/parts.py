@@ -81,10 +81,12 @@ def encode_prompts(tokenizer, prompts, room):
     """(prompts, queries): those of at most `room` tokens, and their token ids. The others are counted in a warning."""
     queries = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     kept = [(prompt, query) for prompt, query in zip(prompts, queries) if len(query) <= room]
+    if not kept:
+        raise InputError(
+            f"prompts: none of {len(prompts)} fits into {room} tokens; expected shorter ones, or a smaller max_new_tokens"
+        )
     if len(kept) < len(prompts):
         warnings.warn(f"skipped {len(prompts) - len(kept)} of {len(prompts)} prompts: longer than {room} tokens", stacklevel=3)
-    if not kept:
-        raise InputError(f"prompts: none of {len(prompts)} fits into {room} tokens")
     return [prompt for prompt, _ in kept], [query for _, query in kept]
 
 

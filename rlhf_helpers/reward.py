@@ -89,7 +89,8 @@ class RewardModel:
             return cls(model.to(device_and_dtype()[0]), AutoTokenizer.from_pretrained(folder), **how)
         except Exception as error:  # of any kind: transformers reads a folder that others wrote
             why = str(error).replace(str(folder / "_")[:-1], "") if isinstance(error, InputError) else reason(error)
-            raise InputError(f"{folder}: cannot be used as a reward model: {why}") from error
+            classifier = "expected a folder of a ...ForSequenceClassification with its tokenizer"
+            raise InputError(f"{folder}: cannot be used as a reward model: {why}; {classifier}") from error
 
     def save(self, folder):
         """The folder that `load` reads: model, tokenizer and how to join and standardise. It appears whole or not at all."""
