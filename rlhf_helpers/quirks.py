@@ -19,11 +19,12 @@ def silence():
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
-def quiet_gguf():
-    """transformers 5.23 draws a bar while it converts a GGUF file, which has no switch. Can go when `disable_progress_bar` covers it."""
+def gguf_progress(track):
+    """transformers 5.23 draws a bar of its own while it converts a GGUF file, which has no switch: `track(tensors)` takes its place.
+    Can go when `disable_progress_bar` covers it."""
     from transformers import modeling_gguf_pytorch_utils as gguf
 
-    gguf.tqdm = lambda tensors, **_: tensors
+    gguf.tqdm = lambda tensors, **_: track(list(tensors))
 
 
 def keep_gradients(module):

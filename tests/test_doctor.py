@@ -258,6 +258,11 @@ def test_a_reward_for_one_word_leaves_one_text_and_no_entropy():
     assert "KL is" in examine(history)[0].symptom  # eight times the same word is far from the reference
 
 
+@pytest.mark.parametrize("kept", [(), ("step",), ("objective/kl",), ("objective/kl", "step")])
+def test_a_history_from_elsewhere_may_lack_any_stat(kept):
+    assert examine([dict.fromkeys(kept, 1)] * 30) == []
+
+
 def test_every_rule_is_provoked_here():
     provoked = re.findall(r"diagnosed\(doctor\.(\w+),", Path(__file__).read_text(encoding="utf-8"))
     assert sorted(provoked) == sorted(rule.__name__ for rule, _, _ in doctor.RULES)

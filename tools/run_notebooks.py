@@ -12,9 +12,10 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
+from rlhf_helpers import progress
+
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
-PEAK = """import resource, sys
-print(round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)))"""
+PEAK = "from rlhf_helpers.machine import peak_megabytes; print(round(peak_megabytes()))"
 
 
 def run(path):
@@ -24,7 +25,9 @@ def run(path):
     started = time.time()
     client = NotebookClient(notebook, timeout=1200, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}},
                             record_timing=False)  # fmt: skip
-    client.execute()
+    with progress.bar(sum(cell.cell_type == "code" for cell in notebook.cells), path.stem, "cells") as done:
+        client.on_cell_executed = lambda **_: done.update()
+        client.execute()
     notebook.cells.pop()
     peak = probe.outputs[0]["text"].strip()
     notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
