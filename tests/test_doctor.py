@@ -260,7 +260,7 @@ def test_a_reward_for_one_word_leaves_one_text_and_no_entropy():
 
 @pytest.mark.parametrize("kept", [(), ("step",), ("objective/kl",), ("objective/kl", "step")])
 def test_a_history_from_elsewhere_may_lack_any_stat(kept):
-    assert examine([dict.fromkeys(kept, 1)] * 30) == []
+    assert examine([dict.fromkeys(kept, 0)] * 30) == []
 
 
 def test_every_rule_is_provoked_here():
