@@ -216,10 +216,10 @@ class TokenLogprobs(torch.autograd.Function):
         out = logits.clone() if logits.is_leaf else logits.detach()
         out.masked_fill_(~mask[..., None], 0)
         for at in places(mask, ctx.chunk):
-            g = gradient[at][:, None]
-            slope = out[at].float().div_(ctx.temperature).log_softmax(-1).exp_().mul_(-g)  # d log p_i / d z_j = [i = j] - p_j
-            slope.scatter_add_(1, ids[at][:, None], g)
-            out[at] = slope.div_(ctx.temperature).to(logits.dtype)
+            log = out[at].float().div_(ctx.temperature).log_softmax(-1)
+            slope = torch.zeros_like(log).scatter_(1, ids[at][:, None], gradient[at][:, None])
+            slope = torch.ops.aten._log_softmax_backward_data(slope, log, -1, torch.float32)  # autograd's own, to the bit
+            out[at] = slope.div_(ctx.temperature).to(out.dtype)
         return out, None, None, None, None
 
 
