@@ -35,7 +35,7 @@ STEPS, LEARNING_RATE = 48, 2e-3
 def log_of(trainer, stats):
     """One line of a log: what the step's responses got, and what they are like."""
     rollout = trainer.rollout
-    prompts, texts = trainer.batch_prompts, trainer.decode(rollout.responses)
+    prompts, texts = rollout.prompts, rollout.texts
     return dict(
         step=trainer.steps_done,
         proxy=round(stats["ppo/mean_scores"], 4),
@@ -106,7 +106,6 @@ def main():
     log, samples = [], []
 
     def scored(prompts, responses):
-        trainer.batch_prompts = prompts
         samples.extend(dict(step=trainer.steps_done + 1, prompt=p, response=r) for p, r in zip(prompts, responses))
         return reward(prompts, responses)
 

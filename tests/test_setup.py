@@ -68,6 +68,13 @@ def test_no_test_measures_time_or_waits_for_it_to_pass():
     assert found <= {"test_browser.py"}
 
 
+def test_every_script_finds_what_it_imports():
+    scripts = [str(path) for folder in ("tools", "data", "benchmarks") for path in sorted((ROOT / folder).glob("*.py"))]
+    code = "import runpy, sys; [runpy.run_path(path, run_name='imported') for path in sys.argv[1:]]"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, *scripts], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and len(scripts) > 8, done.stderr
+
+
 @pytest.mark.slow
 def test_the_pip_section_of_the_environment_file_installs(tmp_path):
     """What conda would run: pip, from the environment file's folder, on the lines of its pip section."""

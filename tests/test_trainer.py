@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rlhf_helpers.config import PPOConfig
+from rlhf_helpers.errors import InputError
 from rlhf_helpers.models import PolicyWithValueHead
 from rlhf_helpers.ppo import next_kl_coef
 from rlhf_helpers.trainer import PPOTrainer
@@ -547,7 +548,7 @@ def test_prompts_without_room_for_a_response_are_left_out_with_a_warning():
     with pytest.warns(UserWarning, match="skipped 1 of 2 prompts: longer than 120 tokens"):
         prompts, queries = trainer.encode([long, "t5 t6"])
     assert prompts == ["t5 t6"] and queries[0].tolist() == [5, 6]
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match="none of 1 fits"):
+    with pytest.raises(InputError, match="none of 1 fits into 120 tokens; expected shorter ones"):
         trainer.encode([long])
 
 
