@@ -201,10 +201,11 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, ids, mask, temperature, chunk):
         logprobs, entropy = (torch.zeros(ids.shape, dtype=torch.float32, device=logits.device) for _ in "le")
+        scratch = Scratch(logits, chunk)
         for at in places(mask, chunk):
-            log = logits[at].float().div_(temperature).log_softmax(-1)
+            log, other = scratch.log_softmax(logits, at, temperature)
             logprobs[at] = log.gather(1, ids[at][:, None])[:, 0]
-            entropy[at] = -log.exp().mul_(log).sum(-1)
+            entropy[at] = -torch.exp(log, out=other).mul_(log).sum(-1)
         ctx.save_for_backward(logits, ids, mask)
         ctx.temperature, ctx.chunk = temperature, chunk
         ctx.mark_non_differentiable(entropy)
@@ -215,12 +216,27 @@ class TokenLogprobs(torch.autograd.Function):
         logits, ids, mask = ctx.saved_tensors
         out = logits.clone() if logits.is_leaf else logits.detach()
         out.masked_fill_(~mask[..., None], 0)
+        scratch = Scratch(logits, ctx.chunk)
         for at in places(mask, ctx.chunk):
-            log = out[at].float().div_(ctx.temperature).log_softmax(-1)
-            slope = torch.zeros_like(log).scatter_(1, ids[at][:, None], gradient[at][:, None])
-            slope = torch.ops.aten._log_softmax_backward_data(slope, log, -1, torch.float32)  # autograd's own, to the bit
+            log, slope = scratch.log_softmax(out, at, ctx.temperature)
+            slope.zero_().scatter_(1, ids[at][:, None], gradient[at][:, None])
+            torch.ops.aten._log_softmax_backward_data(slope, log, -1, torch.float32, out=slope)  # autograd's own, to the bit
             out[at] = slope.div_(ctx.temperature).to(out.dtype)
         return out, None, None, None, None
+
+
+class Scratch:
+    """Two blocks of fp32 numbers, (rows, V), that are used again and again: fresh ones would cost more than what is computed in them."""
+
+    def __init__(self, logits, rows):
+        rows = min(rows, logits.shape[:-1].numel())
+        self.blocks = [torch.empty(rows, logits.shape[-1], dtype=torch.float32, device=logits.device) for _ in "ab"]
+
+    def log_softmax(self, logits, at, temperature):
+        """(log softmax(logits / temperature) at some places, (n, V), a block that is free)."""
+        first, second = (block[: len(at[0])] for block in self.blocks)
+        first.copy_(logits[at]).div_(temperature)
+        return torch.log_softmax(first, -1, out=second), first
 
 
 def places(mask, chunk):
@@ -228,8 +244,6 @@ def places(mask, chunk):
     return zip(*(index.split(chunk) for index in mask.nonzero(as_tuple=True)))
 
 
-def token_logprobs(logits, ids, mask, temperature=1.0, chunk=None):
-    """(log-probs, entropies), both (B, T), fp32 and 0 outside the mask; the entropies have no gradient. `chunk`: rows at a time, by
-    default 128, on a CPU so many that their fp32 numbers stay in its cache, and in blocks that are used again (3 MB)."""
-    chunk = chunk or (max(1, 800_000 // logits.shape[-1]) if logits.device.type == "cpu" else 128)
+def token_logprobs(logits, ids, mask, temperature=1.0, chunk=32):
+    """(log-probs, entropies), both (B, T), fp32 and 0 outside the mask, `chunk` tokens at a time; the entropies have no gradient."""
     return TokenLogprobs.apply(logits, ids, mask, temperature, chunk)
