@@ -39,11 +39,12 @@ def terminable():
 @contextlib.contextmanager
 def finishing(*signums):
     """Inside, the first of these signals (by default SIGINT, and SIGTERM where `terminable`) is only noted, in the Asked that
-    is given; the second one acts as it did before. In another thread than the main one, where Python gets no signals, nothing
-    changes."""
+    is given; the second one acts as it did before. One that is ignored, as SIGINT is in a shell's background, stays so; and in
+    another thread than the main one, where Python gets no signals, nothing changes."""
     asked = Asked()
     alike = (signal.SIGINT, signal.SIGTERM) if signal.getsignal(signal.SIGTERM) is stop else (signal.SIGINT,)
     before = {signum: signal.getsignal(signum) for signum in signums or alike}
+    before = {signum: handler for signum, handler in before.items() if handler is not signal.SIG_IGN}
 
     def note(signum, frame):
         asked.signum = asked.signum or signum

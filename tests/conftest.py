@@ -1,7 +1,17 @@
 """Fixtures that several files of unit tests share: everything is made here, nothing is downloaded. What takes seconds to
 import is imported where it is used: a file that needs no model starts at once."""
 
+import signal
+
 import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c():
+    """Ctrl-C acts as in a terminal, also where a shell has started the tests in its background and lets it be ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -17,6 +17,16 @@ def handlers_are_left_as_they_were():
     assert [signal.getsignal(signum) for signum in BOTH] == before
 
 
+def test_a_signal_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with finishing() as asked:
+            signal.raise_signal(signal.SIGINT)
+        assert asked.signum is None
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_the_first_ctrl_c_is_noted_and_the_second_acts_at_once():
     with finishing() as asked:
         asked.check()
