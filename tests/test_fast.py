@@ -2,6 +2,8 @@
 padding, the minibatches. bf16 is exact; in fp32 a product depends on the number of its rows, by some 1e-7."""
 
 import copy
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch
 from rlhf_helpers import fast, ppo
 from rlhf_helpers.quirks import keep_gradients
 from rlhf_helpers.sampling import sample
+from rlhf_helpers.stats import sampler_stats
 from rlhf_helpers.trainer import PPOTrainer
 from tests import tiny
 from tests.tiny import EOS, PAD
@@ -125,6 +128,16 @@ def test_a_sampler_that_is_merely_close_shows_in_the_stats_and_is_scored_again(n
     assert not trainer.sampler_is_exact
     _, stats = stepped(trainer, prompts(4))
     assert stats["objective/sampler_kl"] > 0 and stats["ppo/policy/first_ratio_error"] == 0  # and now no longer
+
+
+def test_the_sampler_s_kl_is_k3_over_its_own_tokens_summed_over_a_response():
+    """With d = the sampler's log-prob of a token minus the trainer's: e^-d - 1 + d, and 0 on pads."""
+    mask = torch.tensor([[True, True], [True, False]])
+    rollout = SimpleNamespace(mask=mask, sampler_logprobs=torch.tensor([[-1.0, -2.0], [-3.0, 0.0]]))
+    stats = sampler_stats(rollout, SimpleNamespace(gather=lambda x: x), torch.tensor([[-1.5, -2.0], [-2.0, 9.0]]))
+    k3 = lambda d: math.exp(-d) - 1 + d
+    assert stats["objective/sampler_kl"] == pytest.approx((k3(0.5) + k3(-1.0)) / 2, rel=1e-6)
+    assert stats["objective/sampler_max_diff"] == 1
 
 
 def test_fp32_agrees_to_a_hundred_thousandth():

@@ -47,6 +47,13 @@ def test_the_input_is_prompt_then_response_each_once():
     assert text("response") == "[CLS] is lovely [SEP]"
 
 
+def test_of_a_pair_that_is_too_long_the_prompt_gives_way_though_the_response_is_the_longer_one():
+    rm = model(max_length=32)
+    ids = rm.encode([" ".join(["cat"] * 20)], [" ".join(["lovely"] * 24)])["input_ids"][0].tolist()
+    words = rm.tokenizer.convert_ids_to_tokens(ids)
+    assert len(words) == 32 and words.count("lovely") == 24 and words.count("cat") == 32 - 24 - 3
+
+
 def test_one_label_scores_by_its_logit():
     logits = torch.tensor([[1.5], [-20.0]])
     assert score_from_logits(logits).tolist() == [1.5, -20.0]

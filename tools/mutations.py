@@ -74,8 +74,9 @@ FAULTS = [
     Fault("LoRA's scaling forgotten", "fast.py", "(F.linear(narrow, up) * scaling)", "F.linear(narrow, up)", "fast"),
     Fault("LoRA in bf16", "fast.py", "for down in downs], -1)", "for down in downs], -1).bfloat16().float()", "fast"),
     Fault("left padding is looked at", "fast.py", "F.pad(attention.bool(),", "F.pad(torch.ones_like(attention).bool(),", "fast"),
-    Fault("attention's softmax in bf16", "fast.py", "F.softmax(scores, -1, dtype=torch.float32)", "F.softmax(scores, -1)", "fast"),
-    Fault("a single row by itself", "fast.py", "least_rows = 2", "least_rows = 1", "fast"),
+    Fault("attention's scores in fp32", "fast.py", "torch.matmul(query, keys.transpose(2, 3))",
+          "torch.matmul(query.float(), keys.float().transpose(2, 3))", "fast"),
+    Fault("rotated one place on", "fast.py", "lm.model.rotary_emb(x, positions)", "lm.model.rotary_emb(x, positions + 1)", "fast"),
     Fault("a prompt that sees its future", "fast.py", "dtype=torch.bool).tril()", "dtype=torch.bool)", "fast"),
     Fault("gradient at another temperature", "fast.py", "slope.div_(ctx.temperature)", "slope", "fast"),
     # stats: what everything is judged by
