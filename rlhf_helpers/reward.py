@@ -87,6 +87,8 @@ class RewardModel:
             if info["missing_keys"]:  # transformers would fill them with random numbers
                 raise ValueError(f"no weights for {sorted(info['missing_keys'])[0]}")
             return cls(model.to(device_and_dtype()[0]), AutoTokenizer.from_pretrained(folder), **how)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception as error:  # of any kind: transformers reads a folder that others wrote
             why = str(error).replace(str(folder / "_")[:-1], "") if isinstance(error, InputError) else reason(error)
             classifier = "expected a folder of a ...ForSequenceClassification with its tokenizer"
@@ -151,10 +153,8 @@ class RewardModel:
 
 def _checked_format(path):
     """What FORMAT_FILE says, of the right types: arguments of RewardModel."""
-    how, expected = (
-        read_json(path),
-        dict(join=(str,), mean=(int, float), std=(int, float), max_length=(int,), batch_size=(int,)),
-    )
+    how = read_json(path)
+    expected = dict(join=(str,), mean=(int, float), std=(int, float), max_length=(int,), batch_size=(int,))
     if not isinstance(how, dict):
         raise InputError(f"{path}: a {type(how).__name__}; expected an object with {', '.join(expected)}")
     for name, value in how.items():

@@ -79,6 +79,7 @@ class Plain:
         self.least_rows = fast.enough_rows() if device is None or device.type == "cpu" else 1
 
     def read(self, tokens, attention, positions):
+        last = torch.tensor([tokens.shape[1] - 1], device=tokens.device)  # the number 1 would copy the head B times
         with last_hidden(self.lm) as hidden:
             out = self.lm(
                 input_ids=tokens,
@@ -86,9 +87,7 @@ class Plain:
                 position_ids=positions,
                 past_key_values=self.cache,
                 use_cache=True,
-                logits_to_keep=torch.tensor(
-                    [tokens.shape[1] - 1], device=tokens.device
-                ),  # the number 1 would copy the head B times
+                logits_to_keep=last,
             )
         self.cache = out.past_key_values
         return out.logits[:, -1], hidden[-1][:, -1]

@@ -83,9 +83,8 @@ def step_stats(rollout, updates, kl_coef, eos_ids, total=ppo.alone):
         stats[f"ppo/{name}"] = sum(update[name] for update in updates) / len(updates)
     for name in ARRAYS:
         stats[f"ppo/{name}"] = np.concatenate([update[name] for update in updates])
-    stats["ppo/policy/first_ratio_error"] = float(
-        np.abs(updates[0]["policy/ratio"] - 1).max()
-    )  # 0: nothing moved yet (this process)
+    first_ratio = updates[0]["policy/ratio"]  # 1: nothing has moved yet (of this process)
+    stats["ppo/policy/first_ratio_error"] = float(np.abs(first_ratio - 1).max())
     stats["ppo/grad_norm"] = sum(update["grad_norm"] for update in steps) / len(steps)
     stats["ppo/skipped_updates"] = sum(update["skipped"] for update in steps)
     returns_var = stats["ppo/returns/var"]
