@@ -1,10 +1,14 @@
-"""Make data/pairwise_prefs_part_1.jsonl again: `python data/make_preferences.py` (about 10 minutes on two CPU cores).
+"""Make the preference data again: `python data/make_preferences.py` (about 15 minutes on two CPU cores).
 
-For every prompt of prompts_train.jsonl (and, into pairwise_prefs_heldout.jsonl, of prompts_heldout.jsonl) the default model
-in NF4, without adapters, writes twelve responses at temperature 0.7. They are paired at random, each used once at most, and
-the annotator of rlhf_helpers/course/gold.py says which one it prefers. Responses that it finds about equal (gold less than 1 apart)
-are not paired. On training prompts its judgement is noisy (Bradley-Terry); the held-out pairs are labelled by the rule
-itself, to measure by."""
+1. To every prompt of prompts_train, prompts_heldout (dev) and prompts_test the default model in NF4, without adapters and
+   after the profile's system turn, writes some responses at the profile's temperature: output/base_samples/SPLIT.jsonl,
+   which is used again where it is there.
+2. The responses to a prompt are paired at random, each used once at most, if the annotator (rlhf_helpers/course/gold.py)
+   finds them GAP or more apart.
+3. One more pair a prompt sets a response that it likes against a response to another prompt, so that whoever learns from
+   the pairs must read the prompt.
+
+On training prompts the annotator's judgement is noisy (Bradley and Terry); dev and test pairs are labelled by the rule."""
 
 import random
 import sys
@@ -15,62 +19,81 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from rlhf_helpers.config import CPU
+from rlhf_helpers import progress
+from rlhf_helpers.config import CPU, project_root
 from rlhf_helpers.course.gold import gold_reward, prefers_first
-from rlhf_helpers.data import load_prompts, save_jsonl
-from rlhf_helpers.models import load_policy
-from rlhf_helpers.trainer import PPOTrainer
+from rlhf_helpers.data import load_prompts, read_jsonl, save_jsonl
 
-SAMPLES, PAIRS, GAP, BATCH = 12, 5, 1.0, 48
-
-
-def responses_to(prompts, policy, tokenizer, config, seed):
-    """{prompt: SAMPLES texts}, sampled from the policy without its adapters."""
-    trainer = PPOTrainer(config, policy, tokenizer=tokenizer)
-    generator = torch.Generator().manual_seed(seed)
-    jobs, texts = [p for p in prompts for _ in range(SAMPLES)], []
-    for start in range(0, len(jobs), BATCH):
-        _, queries = trainer.encode(jobs[start : start + BATCH])
-        texts += trainer.decode(trainer.generate(queries, reference=True, generator=generator))
-        print(f"\r{len(texts)} of {len(jobs)} responses", end="", flush=True)
-    print()
-    by_prompt = {}
-    for prompt, text in zip(jobs, texts):
-        by_prompt.setdefault(prompt, []).append(text)
-    return by_prompt
+GAP, BATCH = 0.75, 48
+SPLITS = {  # name: (responses a prompt, own pairs a prompt at most, noisy labels, seed, file of pairs)
+    "train": (10, 2, True, 0, "pairwise_prefs_part_1"),
+    "heldout": (8, 3, False, 1, "pairwise_prefs_heldout"),
+    "test": (8, 3, False, 2, "pairwise_prefs_test"),
+}
 
 
-def pairs(by_prompt, noisy, seed):
-    """Records with prompt, chosen, rejected: up to PAIRS a prompt, each of two responses GAP or more apart in gold."""
-    rng, records = random.Random(seed), []
-    for prompt, texts in by_prompt.items():
-        texts = [text for text in dict.fromkeys(texts) if text.strip()]
-        gold = {text: gold_reward(prompt, text) for text in texts}
-        rng.shuffle(texts)
-        for _ in range(PAIRS):
+def base_samples(split):
+    """Records with prompt and response of the policy without its adapters, in the order of the prompts."""
+    count, _, _, seed, _ = SPLITS[split]
+    file = project_root() / "output" / "base_samples" / f"{split}.jsonl"
+    prompts = load_prompts(HERE / f"prompts_{split}.jsonl")
+    jobs = [prompt for prompt in prompts for _ in range(count)]
+    if file.is_file() and [row["prompt"] for row in (rows := read_jsonl(file))] == jobs:
+        return rows
+    from rlhf_helpers.models import load_policy
+    from rlhf_helpers.trainer import PPOTrainer
+
+    policy, tokenizer = load_policy(CPU)
+    trainer, generator, rows = PPOTrainer(CPU.ppo_config(), policy, tokenizer=tokenizer), torch.Generator(), []
+    generator.manual_seed(seed)
+    with progress.bar(len(jobs), split, "samples") as done:
+        for start in range(0, len(jobs), BATCH):
+            batch, queries = trainer.encode(jobs[start : start + BATCH])
+            texts = trainer.decode(trainer.generate(queries, reference=True, generator=generator))
+            rows += [dict(prompt=prompt, response=text) for prompt, text in zip(batch, texts)]
+            done.update(len(batch))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_jsonl(file, rows)
+    return rows
+
+
+def pairs(rows, own, noisy, seed):
+    """Records with prompt, chosen, rejected: up to `own` a prompt of two responses to it, GAP or more apart in gold, and one of a
+    response to it against one to another prompt."""
+    rng, records, by_prompt = random.Random(seed), [], {}
+    for row in rows:
+        if row["response"].strip():
+            by_prompt.setdefault(row["prompt"], {})[row["response"]] = gold_reward(row["prompt"], row["response"])
+    liked = [(prompt, text) for prompt, gold in by_prompt.items() for text in gold if gold[text] >= GAP]
+
+    def add(prompt, first, second):
+        right = gold_reward(prompt, first) > gold_reward(prompt, second)
+        first_wins = prefers_first(prompt, first, second, rng) if noisy else right
+        chosen, rejected = (first, second) if first_wins else (second, first)
+        records.append(dict(prompt=prompt, chosen=chosen, rejected=rejected))
+
+    for prompt, gold in by_prompt.items():
+        texts = rng.sample(list(gold), len(gold))
+        for _ in range(own):
             apart = ((a, b) for i, a in enumerate(texts) for b in texts[i + 1 :] if abs(gold[a] - gold[b]) >= GAP)
             first, second = next(apart, (None, None))
             if first is None:
                 break
-            first_wins = prefers_first(prompt, first, second, rng) if noisy else gold[first] > gold[second]
-            chosen, rejected = (first, second) if first_wins else (second, first)
-            records.append(dict(prompt=prompt, chosen=chosen, rejected=rejected))
+            add(prompt, first, second)
             texts.remove(first), texts.remove(second)
+        mine = [text for text in texts if gold[text] >= GAP] or [text for text in gold if gold[text] >= GAP]
+        if mine:
+            others = [text for other, text in liked if other != prompt and gold_reward(prompt, text) == 0]
+            add(prompt, rng.choice(mine), rng.choice(others))
     return records
 
 
 def main():
-    config = CPU.ppo_config()
-    policy, tokenizer = load_policy(CPU)
-    for split, name, noisy, seed in (
-        ("heldout", "pairwise_prefs_heldout", False, 1),
-        ("train", "pairwise_prefs_part_1", True, 0),
-    ):
-        by_prompt = responses_to(load_prompts(HERE / f"prompts_{split}.jsonl"), policy, tokenizer, config, seed)
-        records = pairs(by_prompt, noisy, seed)
+    for split, (_, own, noisy, seed, name) in SPLITS.items():
+        records = pairs(base_samples(split), own, noisy, seed)
         save_jsonl(HERE / f"{name}.jsonl", records)
         agree = sum(gold_reward(r["prompt"], r["chosen"]) > gold_reward(r["prompt"], r["rejected"]) for r in records)
-        print(f"{name}.jsonl: {len(records)} pairs on {len(by_prompt)} prompts, {agree / len(records):.1%} as the rule says")
+        print(f"{name}.jsonl: {len(records)} pairs, {agree / len(records):.1%} as the rule says")
 
 
 if __name__ == "__main__":

@@ -1,124 +1,133 @@
-"""Make the logs of data/runs/ again: `python data/make_runs.py RUN --seed N` (5 to 8 minutes each on two CPU cores).
+"""Make the experiments again: `python data/make_runs.py --all`. One run at a time; a run's log is written when the run is done, so
+that a kill costs one run, and the next call goes on with what is missing. `--list` says what that is and how long it will take.
 
-Notebook 07 plots these runs: PPO with and without a price on KL, and three remedies against reward hacking. All of them
-take the CPU profile with four times its learning rate, so that what takes a day on a large model shows in minutes. Every step is one
-line: the proxy (what the reward model gave), the gold (what the annotator's rule gives the same responses), KL, entropy."""
+    python data/make_runs.py --list                   what there is, what is missing
+    python data/make_runs.py --all                    everything that is missing, in this order
+    python data/make_runs.py --only headline prices   these experiments
+    python data/make_runs.py --only headline --seeds 0 1
+
+A log (rlhf_helpers/course/runs.py reads it) has the settings, every step's stats, prompts, texts and scores, and the texts of the
+last evaluation, so that another rule can be applied to a run later. Recipes are compared on the dev prompts with seeds from 100;
+the frozen recipe, and what is compared with it, ends with the test prompts, which nothing else reads."""
 
 import argparse
-import json
+import math
 import sys
+import time
 from pathlib import Path
-from statistics import mean
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import torch
 
-from rlhf_helpers.config import CPU, project_root
-from rlhf_helpers.course.gold import distinct2, gold_reward, names_subject, prefers_first, warm_words
-from rlhf_helpers.data import load_preferences, load_prompts, save_jsonl
-from rlhf_helpers.models import load_policy
-from rlhf_helpers.reward import RewardModel, ensure_reward_model, train_reward_model
-from rlhf_helpers.trainer import PPOTrainer
+from rlhf_helpers.config import CPU, HELDOUT_FILE, TEST_FILE, project_root
+from rlhf_helpers.course.experiments import EXPERIMENTS, Run, log_file, missing
+from rlhf_helpers.course.runs import write_log
+from rlhf_helpers.data import load_prompts
 
-RUNS = {  # the price of KL, and which reward model is asked
-    "none": (0.0, "one"),
-    "kl_0.1": (0.1, "one"),
-    "kl_0.4": (0.4, "one"),
-    "ensemble": (0.0, "ensemble"),
-    "retrained": (0.0, "retrained"),
-}
-STEPS, LEARNING_RATE = 48, 2e-3
+KEPT = {  # of the stats, under short names
+    "objective/kl": "kl", "ppo/policy/entropy": "entropy", "ppo/policy/clipfrac": "clipped", "ppo/policy/approxkl": "approxkl",
+    "ppo/val/var_explained": "explained", "ppo/loss/value": "value_loss", "ppo/grad_norm": "grad_norm",
+    "tokens/responses_len_mean": "length", "tokens/responses_eos_frac": "ended", "objective/sampler_kl": "sampler_kl",
+    "objective/sampler_max_diff": "sampler_max_diff", "ppo/skipped_updates": "skipped",
+}  # fmt: skip
 
 
-def log_of(trainer, stats):
-    """One line of a log: what the step's responses got, and what they are like."""
-    rollout = trainer.rollout
-    prompts, texts = rollout.prompts, rollout.texts
-    return dict(
-        step=trainer.steps_done,
-        proxy=round(stats["ppo/mean_scores"], 4),
-        gold=round(mean(map(gold_reward, prompts, texts)), 4),
-        kl=round(stats["objective/kl"], 3),
-        entropy=round(stats["ppo/policy/entropy"], 3),
-        warm_words=round(mean(map(warm_words, texts)), 3),
-        on_subject=round(mean(map(names_subject, prompts, texts)), 3),
-        distinct2=round(distinct2(texts), 3),
-        length=round(stats["tokens/responses_len_mean"], 2),
-        value_loss=round(stats["ppo/loss/value"], 4),
-        text=texts[0],
-    )
+def reward_of(run):
+    """The reward function of a run."""
+    from rlhf_helpers.reward import ensure_reward_model
+
+    if run.reward == "random":  # placebo: as spread as the reward model's scores are, and about nothing
+        generator = torch.Generator().manual_seed(run.seed)
+        return lambda prompts, responses: torch.randn(len(prompts), generator=generator)
+    return ensure_reward_model()
 
 
-def reward_of(kind):
-    """The reward function of a run. The first reward model is the course's; others are made where they are missing."""
-    first = ensure_reward_model()
-    if kind == "one":
-        return first
-    second = project_root() / "output" / f"reward_model_{kind}"
-    if not second.exists():
-        pairs = load_preferences(HERE / "pairwise_prefs_part_1.jsonl")
-        if kind == "retrained":
-            pairs += hacked_pairs()
-        train_reward_model(pairs, second, seed=1 if kind == "ensemble" else 0)
-    second = RewardModel.load(second)
-    if kind == "retrained":
-        return second
-    return lambda prompts, responses: torch.minimum(first(prompts, responses), second(prompts, responses))
+def evaluated(trainer, split, samples):
+    """What the policy writes to the prompts of a split, with scores and KL."""
+    from rlhf_helpers.evaluation import evaluate
+    from rlhf_helpers.reward import ensure_reward_model
+
+    file = dict(dev=HELDOUT_FILE, test=TEST_FILE)[split]
+    found = evaluate(trainer, load_prompts(project_root() / file), ensure_reward_model(), samples=samples)
+    return dict(split=split, responses=found.responses, rewards=found.rewards.tolist(), kl=found.kl.tolist())
 
 
-def hacked_pairs():
-    """New preference pairs: what the run without a penalty wrote in its second half, against base responses to the same
-    prompts, judged by the annotator with its usual noise."""
-    import random
+def make(run):
+    """One run of PPO and its log."""
+    from rlhf_helpers import advantages
+    from rlhf_helpers.models import load_policy
+    from rlhf_helpers.rollout import gae_advantages
+    from rlhf_helpers.trainer import PPOTrainer
 
-    rng, base = random.Random(0), {}
-    for pair in load_preferences(HERE / "pairwise_prefs_part_1.jsonl"):
-        base.setdefault(pair["prompt"], []).append(pair["chosen"])
-    pairs = []
-    for row in load_samples():
-        for text in base.get(row["prompt"], [])[:1]:
-            first = prefers_first(row["prompt"], row["response"], text, rng)
-            chosen, rejected = (row["response"], text) if first else (text, row["response"])
-            pairs.append(dict(prompt=row["prompt"], chosen=chosen, rejected=rejected))
-    return pairs
+    config = CPU.ppo_config(**run.settings, seed=run.seed)
+    policy, tokenizer = load_policy(CPU, seed=run.seed)
+    how = advantages.ADVANTAGES[run.advantages] if run.advantages else gae_advantages
+    trainer = PPOTrainer(config=config, model=policy, tokenizer=tokenizer, advantages=how)
+    steps, started = [], time.perf_counter()
+
+    def note(trainer, stats):
+        rollout = trainer.rollout
+        row = {short: stats[name] for name, short in KEPT.items()}
+        row |= dict(ratio=abs(stats["ppo/policy/ratio"] - 1).mean(), seconds=time.perf_counter() - started)
+        row = {name: None if not math.isfinite(value) else float(f"{value:.4g}") for name, value in row.items()}
+        per_response = dict(scores=rollout.scores.tolist(), kls=rollout.kl.sum(1).tolist())
+        row |= {name: [float(f"{value:.4g}") for value in values] for name, values in per_response.items()}
+        steps.append(row | dict(prompts=rollout.prompts, texts=rollout.texts))
+        print(f"{run.name} {len(steps)}: score {stats['ppo/mean_scores']:+.2f} kl {row['kl']} ended {row['ended']} "
+              f"clipped {row['clipped']} ratio {row['ratio']:.3f} explained {row['explained']} "
+              f"{row['seconds']:.0f} s", flush=True)  # fmt: skip
+
+    trainer.train(load_prompts(project_root() / CPU.prompts), reward_of(run), steps=run.steps or CPU.steps, on_step=note)
+    seconds = time.perf_counter() - started
+    after = evaluated(trainer, run.split, run.samples)
+    head = dict(experiment=run.experiment, condition=run.condition, seed=run.seed, config=vars(config), seconds=round(seconds, 1))
+    write_log(log_file(run), head | dict(advantages=run.advantages or "gae", reward=run.reward), steps, after)
 
 
-def load_samples():
-    file = project_root() / "output" / "runs" / "hacked.jsonl"
-    if not file.is_file():
-        raise SystemExit(f"{file}: missing; first run: python data/make_runs.py none --seed 0")
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+def make_base(split, samples):
+    """Base samples to the prompts of a split: what every run is compared with, and what best of n chooses from."""
+    from rlhf_helpers.models import load_policy
+    from rlhf_helpers.reward import ensure_reward_model
+    from rlhf_helpers.trainer import PPOTrainer
+
+    policy, tokenizer = load_policy(CPU)
+    trainer = PPOTrainer(CPU.ppo_config(), policy, tokenizer=tokenizer)
+    prompts = load_prompts(project_root() / dict(dev=HELDOUT_FILE, test=TEST_FILE)[split])
+    jobs, texts, generator = [p for p in prompts for _ in range(samples)], [], torch.Generator().manual_seed(4321)
+    for start in range(0, len(jobs), 64):
+        _, queries = trainer.encode(jobs[start : start + 64])
+        texts += trainer.decode(trainer.generate(queries, reference=True, generator=generator))
+        print(f"base samples, {split}: {len(texts)} of {len(jobs)}", flush=True)
+    rewards = ensure_reward_model()(jobs, texts).tolist()
+    after = dict(split=split, responses=texts, rewards=[float(f"{r:.4g}") for r in rewards], kl=[0.0] * len(texts))
+    write_log(log_file(Run("base", split, 0)), dict(experiment="base", condition=split, seed=0, samples=samples), [], after)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", choices=RUNS)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--all", action="store_true", help="make everything that is missing")
+    parser.add_argument("--list", action="store_true", help="say what is missing")
+    parser.add_argument("--only", nargs="+", metavar="EXPERIMENT", choices=list(EXPERIMENTS))
+    parser.add_argument("--seeds", nargs="+", type=int)
     options = parser.parse_args()
-    kl_coef, kind = RUNS[options.run]
-    reward = reward_of(kind)
-    config = CPU.ppo_config(init_kl_coef=kl_coef, learning_rate=LEARNING_RATE, kl_budget=float("inf"), seed=options.seed)
-    policy, tokenizer = load_policy(CPU, seed=config.seed)
-    trainer = PPOTrainer(config=config, model=policy, tokenizer=tokenizer)
-    log, samples = [], []
-
-    def scored(prompts, responses):
-        samples.extend(dict(step=trainer.steps_done + 1, prompt=p, response=r) for p, r in zip(prompts, responses))
-        return reward(prompts, responses)
-
-    def note(trainer, stats):
-        log.append(log_of(trainer, stats))
-        print({k: v for k, v in log[-1].items() if k != "text"}, flush=True)
-
-    trainer.train(load_prompts(HERE / "pairwise_prefs_part_1.jsonl"), scored, steps=options.steps, on_step=note)
-    save_jsonl(HERE / "runs" / f"{options.run}_seed{options.seed}.jsonl", log)
-    if options.run == "none" and options.seed == 0:
-        made = project_root() / "output" / "runs"
-        made.mkdir(parents=True, exist_ok=True)
-        save_jsonl(made / "hacked.jsonl", [row for row in samples if row["step"] > options.steps // 2])
+    names = options.only or list(EXPERIMENTS)
+    if options.list or not (options.all or options.only):
+        total = 0.0
+        for name in names:
+            left = missing(name)
+            minutes = sum(run.minutes for run in left)
+            total += minutes
+            runs = len(EXPERIMENTS[name])
+            print(f"{name:12s} {runs - len(left):3d} of {runs:3d} runs made, {minutes:5.0f} minutes left")
+        print(f"{'':12s} {total / 60:.1f} hours left on two CPU cores")
+        return
+    for name in names:
+        for run in missing(name):
+            if options.seeds is None or run.seed in options.seeds:
+                print(f"--- {run.name}, about {run.minutes:.0f} minutes", flush=True)
+                make_base(run.condition, run.samples) if run.experiment == "base" else make(run)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ examples:
 
 
 # The fields that TRL 0.11 did not have.
-OURS = ("value_learning_rate", "temperature", "max_new_tokens", "missing_eos_penalty", "kl_budget")
+OURS = ("value_learning_rate", "temperature", "max_new_tokens", "missing_eos_penalty", "kl_budget", "system", "num_generations")
 
 
 def parser():

@@ -9,7 +9,8 @@ from rlhf_helpers.errors import InputError
 
 REPOSITORY = "https://github.com/OWNER/rlhf-ppo-notebooks"  # the one place that knows the repository's address
 DATA_FILE = "data/pairwise_prefs_part_1.jsonl"
-HELDOUT_FILE = "data/prompts_heldout.jsonl"
+HELDOUT_FILE = "data/prompts_heldout.jsonl"  # "dev": recipes are chosen on these
+TEST_FILE = "data/prompts_test.jsonl"  # what a finished recipe is judged on, once
 
 
 def project_root():
@@ -61,6 +62,8 @@ class PPOConfig:
     value_learning_rate: float | None = setting(None, "of the value head; None: learning_rate")
     temperature: float = setting(1.0, "divides the logits, when sampling and when scoring alike")
     max_new_tokens: int = setting(50, "longest response, in tokens")
+    system: str | None = setting(None, "the system's turn before every prompt that has none of its own")
+    num_generations: int = setting(1, "responses to each prompt of a step")
     missing_eos_penalty: float | None = setting(None, "taken from the score of a response without EOS")
     kl_budget: float | None = setting(
         None, "nats of KL per response, mean of 4 steps, past which train() ends (Gao et al. 2023)"
@@ -73,7 +76,8 @@ class PPOConfig:
 
         whole = lambda value: type(value) is int  # not True, which is 1 too
         number = lambda value: type(value) in (int, float) and abs(value) <= sys.float_info.max
-        for name in ("batch_size", "mini_batch_size", "gradient_accumulation_steps", "ppo_epochs", "max_new_tokens"):
+        for name in ("batch_size", "mini_batch_size", "gradient_accumulation_steps", "ppo_epochs", "max_new_tokens",
+                     "num_generations"):  # fmt: skip
             need(name, lambda value: whole(value) and 1 <= value < 2**31, "a whole number from 1")
         for name in ("learning_rate", "cliprange", "cliprange_value", "vf_coef", "init_kl_coef"):
             need(name, lambda value: number(value) and value >= 0, "a number from 0")
@@ -89,6 +93,7 @@ class PPOConfig:
         need("kl_budget", budget, "None, inf or a number above 0")
         kinds = ("kl", "abs", "mse", "full")
         need("kl_penalty", lambda value: type(value) is str and value in kinds, '"kl", "abs", "mse" or "full"')
+        need("system", lambda value: value is None or (type(value) is str and value.strip()), "None or some text")
         need("log_with", lambda value: value is None or (type(value) is str and value), "None or a tracker's name")
         need("seed", lambda value: whole(value) and 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")
         group = self.mini_batch_size * self.gradient_accumulation_steps
@@ -96,6 +101,10 @@ class PPOConfig:
             raise InputError(
                 f"PPOConfig.batch_size is {self.batch_size}; expected a multiple of mini_batch_size x "
                 f"gradient_accumulation_steps = {self.mini_batch_size} x {self.gradient_accumulation_steps} = {group}"
+            )
+        if self.batch_size % self.num_generations:
+            raise InputError(
+                f"PPOConfig.batch_size is {self.batch_size}; expected a multiple of num_generations = {self.num_generations}"
             )
 
 
@@ -114,6 +123,7 @@ class Profile:
     reward_model: str = "output/reward_model_pairwise"
     prompts: str = DATA_FILE
     heldout_prompts: str = HELDOUT_FILE
+    system: str | None = "Answer in one or two short sentences."  # before every prompt; None: no such turn
     steps: int = 60  # PPO steps of the main job, at most: the KL budget may end it earlier
     lora_r: int = 8
     lora_alpha: int = 16
@@ -123,7 +133,7 @@ class Profile:
 
     def ppo_config(self, **overrides):
         """The profile's PPOConfig with `overrides` as they are given, None included: kl_budget=None is a run without a budget."""
-        return PPOConfig(**{**self.ppo, **overrides})
+        return PPOConfig(**{"system": self.system, **self.ppo, **overrides})
 
 
 CPU = Profile(
@@ -142,6 +152,7 @@ CPU = Profile(
         kl_budget=8.0,  # the run ends there, after 35 to 60 steps; past 10 nats the texts go astray before the score tells
         max_grad_norm=1.0,
         temperature=0.7,  # at 1.0 a model this small rambles
+        max_new_tokens=64,  # 6 of 10 answers of the untrained model end within them
     ),
 )
 

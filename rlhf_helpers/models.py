@@ -82,12 +82,16 @@ def eos_ids(lm, tokenizer):
     return tuple(dict.fromkeys(i for i in [tokenizer.eos_token_id, *named] if i is not None))
 
 
-def encode_prompt(tokenizer, prompt):
+def encode_prompt(tokenizer, prompt, system=None):
     """The query: token ids of the prompt as the model was trained to read it, in its chat template and ready for its answer
-    (or as plain text, where the tokenizer has no template). A transcript's turns become the template's. A 1-D LongTensor."""
+    (or as plain text, where the tokenizer has no template). A transcript's turns become the template's. `system` is the
+    system's turn, for a prompt that has none of its own. A 1-D LongTensor."""
     if tokenizer.chat_template is None:
-        return tokenizer(prompt, return_tensors="pt")["input_ids"][0]
+        text = prompt if system is None else f"{system}\n\n{prompt}"
+        return tokenizer(text, return_tensors="pt")["input_ids"][0]
     chat = turns(prompt)
+    if system is not None and chat[0]["role"] != "system":
+        chat = [{"role": "system", "content": system}, *chat]
     try:
         text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     except TemplateError:  # of a template without a system's turn, as Mistral's first: it goes before the first question

@@ -77,9 +77,9 @@ def adam(model, config):
     )
 
 
-def encode_prompts(tokenizer, prompts, room):
+def encode_prompts(tokenizer, prompts, room, system=None):
     """(prompts, queries): those of at most `room` tokens, and their token ids. The others are counted in a warning."""
-    queries = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    queries = [encode_prompt(tokenizer, prompt, system) for prompt in prompts]
     kept = [(prompt, query) for prompt, query in zip(prompts, queries) if len(query) <= room]
     if not kept:
         raise InputError(
@@ -95,8 +95,11 @@ def room_for_prompts(model, config):
     return (model.config.get_text_config().max_position_embeddings or math.inf) - config.max_new_tokens
 
 
-def rows_of(batch, size, n, seed):
-    """Which of n prompts batch number `batch` uses: `size` numbers from an endless row of shuffled passes over them."""
+def rows_of(batch, size, n, seed, repeats=1):
+    """Which of n prompts batch number `batch` uses: `size` numbers from an endless row of shuffled passes over them, each of
+    them `repeats` times in a row."""
+    if repeats > 1:
+        return [row for row in rows_of(batch, size // repeats, n, seed) for _ in range(repeats)]
     rows = []
     for place in range(batch * size, (batch + 1) * size):
         shuffle = torch.Generator().manual_seed(1_000_003 * (seed + 1) + place // n)

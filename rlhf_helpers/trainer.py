@@ -113,14 +113,15 @@ class PPOTrainer:
         return self.config.kl_budget is not None and bool(last) and sum(last) / len(last) > self.config.kl_budget
 
     def encode(self, prompts):
-        """(prompts, queries): those that leave room for a response, and their token ids. The others are counted in a warning."""
-        return encode_prompts(self.tokenizer, prompts, room_for_prompts(self.model, self.config))
+        """(prompts, queries): those that leave room for a response, and their token ids, after the config's system turn. The
+        others are counted in a warning."""
+        return encode_prompts(self.tokenizer, prompts, room_for_prompts(self.model, self.config), self.config.system)
 
     def next_rows(self, n):
         """Which of n prompts the next step uses. It depends on the seed and the number of steps done alone, so a resumed run goes
         on where it was."""
         batch = self.steps_done * self.accelerator.num_processes + self.accelerator.process_index
-        return rows_of(batch, self.config.batch_size, n, self.config.seed)
+        return rows_of(batch, self.config.batch_size, n, self.config.seed, self.config.num_generations)
 
     # ------------------------------------------------------------ step
 

@@ -1,14 +1,19 @@
 """The synthetic annotator: the rule behind the preference data, and therefore the gold reward of this course.
 
 A real annotator's taste can only be sampled. Ours is written down, so a run can be judged by what the annotator really
-wants (gold) as well as by what the reward model learnt of it (proxy). In words: *a short answer should be warm, stay on
-its subject, and not repeat itself; gushing is worse than being plain.*
+wants (gold) as well as by what the reward model learnt of it (proxy). In words: *a short, whole, warm answer that stays on
+its subject.* Gates, 0 or 1, and merits are multiplied, so that nothing makes up for a closed gate:
 
-    gold = warmth + on_subject - repetition
-    warmth      number of different warm words, up to 3; every one beyond the third takes a point back
-    on_subject  0.5 if the answer names what the prompt asks about, else 0
-    repetition  4 x the share of word pairs that occurred before in the answer
-"""
+    gold = on_subject x english x fresh x whole x (1.5 + warmth)
+    on_subject  1 if the answer names what the prompt asks about, all words of it, singular or plural alike
+    english     1 if the answer reads like English: a quarter of its words are function words, it has a verb, and no two
+                neighbours that cannot stand together ("the of", "a." ...)
+    fresh       1 - 2 x the share of word pairs that occurred before in the answer, at least 0
+    whole       1 if the answer ends like a sentence, else a third
+    warmth      number of different warm words, 0 to 3; a fourth brings nothing and costs nothing
+
+What it cannot see: whether an answer is true, and whether a fragment with a verb is a sentence. A correct sentence without
+function words ("Bees make honey.") is taken for a list. It was written before any run that could exploit it."""
 
 import math
 import random
@@ -32,9 +37,53 @@ SHARPNESS = 2.0  # how surely the annotator sees a difference of one point: sigm
 
 # Words of our prompts that are about the asking, not about the subject.
 ASKING = frozenset(
-    "a about an and are be can child describe do explain for how i in is it know like me my note of on or people "
-    "sentences short should tell the this to two what why with would write you".split()
+    "a about an and are be can child comes could describe do explain fact few for give help how i in introduce is it know "
+    "like makes me mind my note nothing of on one or people say sentences short should something special tell the think this "
+    "to two what when why with words would write you".split()
 )
+
+FUNCTION_WORDS = frozenset(
+    """
+    a all also am among an and another any are around as at be because been before being between both but by can could did
+    do does during each either even every few for from had has have he her here him his how i if in into is it its just
+    many may me might more most much must my near no nor not of off on only or other our out over own she should so some
+    such than that the their them there these they this those through to too under until up us very was we were what when
+    where which while who whose why will with within without would you your
+    """.split()
+)
+
+AUXILIARIES = frozenset("am are be been can could did do does had has have is may might must should was were will would".split())
+
+# Verbs that sentences of a small model have, in forms that are hardly anything else, and contractions with one.
+VERBS = AUXILIARIES | frozenset(
+    """
+    add adds allow allows appreciate ate became become becomes began begin begins bloom blooms bring brings brought build
+    builds came carries carry celebrate celebrates cherish come comes connect connects consist consists contain contains
+    create created creates drinks eat eats enjoy enjoyed enjoys entails evoke evokes explore explores feel feels fill fills find
+    finds flew flies fly found gave get gets give gives go goes got grew grow grows happen happens hear hears held help
+    helps hold holds include includes inspire inspires involve involves keep keeps kept knew know knows learn learns let
+    lets like likes live lived lives love loved loves made make makes mean means move moves need needs occur occurs offer
+    offers play plays prefer prefers protect protects provide provides refer refers remain remains remind reminds represent
+    represents require requires run runs said saw say says see seem seems sees serve serves shine shines sing sings sit
+    sits smells sounds stand stands swim swims symbolizes take takes taste tastes teach teaches tell tells think thinks
+    thought told took turn turns use used uses want wants went works
+    aren't can't doesn't don't he's i'd i'll i'm i've isn't it's she's that's there's they're wasn't we're we've you're you've
+    """.split()
+)
+
+# Neighbours that cannot stand together: after a word on the left, none of those on the right. "." is the sentence's end.
+DETERMINERS = frozenset("a an every my our the their your".split())
+JOINTS = [(left.split(), frozenset(right.split()) | more) for left, right, more in [
+    (" ".join(DETERMINERS), ". as at because but by for from he i if in into it me nor of on or she so than that them there "
+     "these they this those to us we when where which who with you", AUXILIARIES | DETERMINERS),
+    ("at from into of with", ". and but of or", AUXILIARIES),
+    ("and but or", ". and but of or", frozenset()),
+    ("to", "of and to is are was were had has could may might must should would", frozenset()),
+    (" ".join(AUXILIARIES), "and is are was were could may might must should would can will has", frozenset()),
+    ("he i she they we", ". a an from in of the to with", frozenset()),
+    ("very", ".", frozenset()),
+]]  # fmt: skip
+IMPOSSIBLE = {left: frozenset().union(*(right for lefts, right in JOINTS if left in lefts)) for lefts, _ in JOINTS for left in lefts}
 
 
 def words(text):
@@ -47,11 +96,48 @@ def warm_words(text):
     return len(WARM.intersection(words(text)))
 
 
+def stem(word):
+    """A word without the endings of plural and possession, so that "cats", "cat's" and "cat" are one."""
+    word = word.removesuffix("'s").rstrip("'")
+    if word.endswith("ies") and len(word) > 4:
+        return word[:-3] + "y"
+    return word[:-1] if word.endswith("s") and len(word) > 3 else word
+
+
+def subject_of(prompt):
+    """The words of a prompt that are not about the asking, as stems."""
+    return {stem(word) for word in words(prompt) if word not in ASKING}
+
+
 def names_subject(prompt, response):
-    """Whether the response has a word of the prompt's subject, singular or plural alike."""
-    stem = lambda word: word[:-1] if word.endswith("s") and len(word) > 3 else word
-    subject = {stem(word) for word in words(prompt) if word not in ASKING}
-    return not subject.isdisjoint(stem(word) for word in words(response))
+    """Whether the response has every word of the prompt's subject; a long one may end otherwise ("gardener", "gardening")."""
+    said = {stem(word) for word in words(response)}
+    alike = lambda word: len(word) >= 7 and any(other.startswith(word[:-2]) for other in said)
+    return all(word in said or alike(word) for word in subject_of(prompt))
+
+
+def is_whole(text):
+    """Whether a text ends like a sentence: a letter or digit, then . ! or ?, perhaps within quotes or brackets."""
+    return bool(re.search(r"\w[\"')\]*]*[.!?]+[\"')\]*]*$", text.strip())) and not re.search(r"\n\s*\d+\.$", text.strip())
+
+
+def broken_joint(text):
+    """The first two neighbours that cannot stand together, or None. The end of a text that breaks off is no end."""
+    sentences = re.split(r"[.!?:;\n]+", text.lower())
+    for number, sentence in enumerate(sentences):
+        whole = number < len(sentences) - 1
+        tokens = re.findall(r"[a-z'-]+|,", sentence) + ["."] * whole
+        for left, right in zip(tokens, tokens[1:]):
+            if right in IMPOSSIBLE.get(left, ()):
+                return left, right
+    return None
+
+
+def reads_as_english(text):
+    """Whether a text is made of sentences, and not of listed or shuffled words."""
+    tokens = words(text)
+    functional = sum(word in FUNCTION_WORDS or "'" in word for word in tokens)
+    return 4 * functional >= len(tokens) > 0 and not VERBS.isdisjoint(tokens) and broken_joint(text) is None
 
 
 def repeated_share(text):
@@ -60,11 +146,21 @@ def repeated_share(text):
     return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
+def gold_parts(prompt, response):
+    """The factors of the gold reward by name, as in this module's head."""
+    return dict(
+        on_subject=int(names_subject(prompt, response)),
+        english=int(reads_as_english(response)),
+        fresh=max(0.0, 1 - 2 * repeated_share(response)),
+        whole=1 if is_whole(response) else 1 / 3,
+        warmth=min(warm_words(response), 3),
+    )
+
+
 def gold_reward(prompt, response):
-    """What the annotator would give the response, a float; about -6 to 3.5."""
-    warm = warm_words(response)
-    warmth = min(warm, 3) - max(warm - 3, 0)
-    return warmth + 0.5 * names_subject(prompt, response) - 4 * repeated_share(response)
+    """What the annotator would give the response: a float, 0 to 4.5."""
+    part = gold_parts(prompt, response)
+    return part["on_subject"] * part["english"] * part["fresh"] * part["whole"] * (1.5 + part["warmth"])
 
 
 def prefers_first(prompt, first, second, rng=random):

@@ -1,0 +1,63 @@
+"""Advantages without a critic. Each takes the place of `rollout.gae_advantages` in `PPOTrainer(advantages=...)`.
+
+A response's return is the sum of its rewards: the score less the price of its KL. These methods give all tokens of a response the
+same advantage (Ahmadian et al. 2024, arXiv:2402.14740): its return less a baseline from the other responses. The responses to
+one prompt stand together, PPOConfig.num_generations of them. The value head is asked nothing and taught nothing."""
+
+import torch
+
+from rlhf_helpers import ppo
+from rlhf_helpers.errors import InputError
+
+
+def no_baseline(rollout, config, total=ppo.alone):
+    """The return itself: REINFORCE (Williams 1992), with a batch's variance brought to 1 and its mean kept."""
+    shape = lambda x: ppo.whiten(x, rollout.mask, shift_mean=False, total=total)
+    return of_responses(rollout, rollout.rewards.sum(1), shape)
+
+
+def batch_mean(rollout, config, total=ppo.alone):
+    """The return less the batch's mean, over its deviation: REINFORCE with the simplest baseline."""
+    return of_responses(rollout, rollout.rewards.sum(1), lambda x: ppo.whiten(x, rollout.mask, total=total))
+
+
+def leave_one_out(rollout, config, total=ppo.alone):
+    """The return less the mean of the prompt's other responses (RLOO), brought to variance 1 over the batch."""
+    k, groups = config.num_generations, by_prompt(rollout, config)
+    advantages = (groups - groups.mean(1, keepdim=True)) * k / (k - 1)
+    return of_responses(rollout, advantages, lambda x: ppo.whiten(x, rollout.mask, shift_mean=False, total=total))
+
+
+def group_mean(rollout, config, total=ppo.alone):
+    """The return less the mean of the prompt's responses, itself included ("Dr. GRPO", Liu et al. 2025, arXiv:2503.20783)."""
+    groups = by_prompt(rollout, config)
+    shape = lambda x: ppo.whiten(x, rollout.mask, shift_mean=False, total=total)
+    return of_responses(rollout, groups - groups.mean(1, keepdim=True), shape)
+
+
+def group_normalised(rollout, config, total=ppo.alone):
+    """The same over the deviation of the prompt's responses (GRPO, Shao et al. 2024, arXiv:2402.03300)."""
+    groups = by_prompt(rollout, config)
+    return of_responses(rollout, (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4))
+
+
+def by_prompt(rollout, config):
+    """The returns of the batch, (prompts, num_generations)."""
+    if config.num_generations < 2:
+        raise InputError(f"PPOConfig.num_generations is {config.num_generations}; expected at least 2 responses to compare")
+    return rollout.rewards.sum(1).view(-1, config.num_generations)
+
+
+def of_responses(rollout, advantages, shape=lambda x: x):
+    """(advantages, returns), both (B, T): each response's number on all its tokens, and returns that ask nothing of the value head."""
+    advantages = torch.where(rollout.mask, advantages.reshape(-1, 1), 0.0)
+    return shape(advantages), rollout.values.clone()
+
+
+ADVANTAGES = dict(
+    no_baseline=no_baseline,
+    batch_mean=batch_mean,
+    leave_one_out=leave_one_out,
+    group_mean=group_mean,
+    group_normalised=group_normalised,
+)

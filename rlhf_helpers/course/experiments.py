@@ -1,0 +1,51 @@
+"""The experiments of the course: what is run, with which seeds, in the order in which they are made (data/make_runs.py)."""
+
+from dataclasses import dataclass, field
+
+from rlhf_helpers.config import project_root
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of PPO with the CPU profile, but for `settings`."""
+
+    experiment: str
+    condition: str
+    seed: int
+    settings: dict = field(default_factory=dict)  # of PPOConfig
+    steps: int | None = None  # None: the profile's
+    reward: str = "model"  # or "random"
+    advantages: str | None = None  # of `advantages.ADVANTAGES`; None: GAE
+    split: str = "test"  # whose prompts the last evaluation takes
+    samples: int = 2  # a prompt, in the last evaluation
+    minutes: float = 6.0  # about, on two CPU cores
+
+    @property
+    def name(self):
+        return f"{self.experiment}/{self.condition}_seed{self.seed}"
+
+
+def log_file(run):
+    return project_root() / "data" / "runs" / f"{run.name}.jsonl.gz"
+
+
+def missing(experiment):
+    """The runs of an experiment without a log."""
+    return [run for run in EXPERIMENTS[experiment] if not log_file(run).exists()]
+
+
+def each(experiment, conditions, seeds, **common):
+    """A run for every seed and condition, seed by seed, so that what is there can be compared at any time."""
+    return [Run(experiment, name, seed, **{**common, **how}) for seed in seeds for name, how in conditions.items()]
+
+
+RECIPES = {  # tried on dev prompts before the profile was frozen
+    "e1_lr1e-3": dict(settings=dict(learning_rate=1e-3), steps=40),
+    "e2_lr1e-3": dict(settings=dict(learning_rate=1e-3, ppo_epochs=2), steps=24),
+    "e4_lr1e-3": dict(settings=dict(learning_rate=1e-3, ppo_epochs=4), steps=16),
+}
+
+EXPERIMENTS = {
+    "base": [Run("base", "dev", 0, samples=64, minutes=12), Run("base", "test", 0, samples=64, minutes=24)],
+    "recipes": each("recipes", RECIPES, [100], split="dev", samples=2),
+}
