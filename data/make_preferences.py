@@ -27,7 +27,7 @@ from rlhf_helpers.data import load_prompts, read_jsonl, save_jsonl
 GAP, BATCH = 0.75, 48
 SPLITS = {  # name: (responses a prompt, own pairs a prompt at most, noisy labels, seed, file of pairs)
     "train": (10, 2, True, 0, "pairwise_prefs_part_1"),
-    "heldout": (8, 3, False, 1, "pairwise_prefs_heldout"),
+    "heldout": (8, 3, False, 11, "pairwise_prefs_heldout"),
     "test": (8, 3, False, 2, "pairwise_prefs_test"),
 }
 
@@ -38,7 +38,8 @@ def base_samples(split):
     file = project_root() / "output" / "base_samples" / f"{split}.jsonl"
     prompts = load_prompts(HERE / f"prompts_{split}.jsonl")
     jobs = [prompt for prompt in prompts for _ in range(count)]
-    if file.is_file() and [row["prompt"] for row in (rows := read_jsonl(file))] == jobs:
+    rows = read_jsonl(file) if file.is_file() else []
+    if [row["prompt"] for row in rows] == jobs:
         return rows
     from rlhf_helpers.models import load_policy
     from rlhf_helpers.trainer import PPOTrainer

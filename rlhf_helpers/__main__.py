@@ -254,8 +254,8 @@ class Keeper:
         job, trainer = self.job, self.trainer
         if reward.std == 1.0 and reward.mean == 0.0:  # a reward model from elsewhere: standardise it as ours is
             standardise_on_base(trainer, reward, job.prompts)
-        trainer.accelerator.print(f"held-out prompts: {len(job.heldout)}, with 2 samples each, before training", flush=True)
-        before = evaluate(trainer, job.heldout, reward)
+        trainer.accelerator.print(f"held-out prompts: {len(job.heldout)}, with 4 samples each, before training", flush=True)
+        before = evaluate(trainer, job.heldout, reward, samples=4, reference=True)
         if job.resume is not None:
             trainer.resume(job.resume)
             trainer.accelerator.print(f"resumed at step {trainer.steps_done}", flush=True)
@@ -344,7 +344,7 @@ def write_results(job, trainer, before, after, seconds, processes):
     from rlhf_helpers.run import write_json
 
     samples = [{**a, "before": b["response"], "reward_before": b["reward"], "gold_before": b["gold"]}
-               for a, b in zip(after.records(), before.records())]  # fmt: skip
+               for a, b in zip(after.records(), before.first(after.samples).records())]  # fmt: skip
     save_jsonl(job.output / "samples.jsonl", samples)
     save_figure(training_curves(trainer.history), job.output / "curves.png")
     summary = summarize(before, after, trainer.history, seconds)

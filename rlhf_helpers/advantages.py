@@ -11,34 +11,32 @@ from rlhf_helpers.errors import InputError
 
 
 def no_baseline(rollout, config, total=ppo.alone):
-    """The return itself: REINFORCE (Williams 1992), with a batch's variance brought to 1 and its mean kept."""
-    shape = lambda x: ppo.whiten(x, rollout.mask, shift_mean=False, total=total)
-    return of_responses(rollout, rollout.rewards.sum(1), shape)
+    """The return itself: REINFORCE (Williams 1992)."""
+    return of_responses(rollout, rollout.rewards.sum(1), total)
 
 
 def batch_mean(rollout, config, total=ppo.alone):
-    """The return less the batch's mean, over its deviation: REINFORCE with the simplest baseline."""
-    return of_responses(rollout, rollout.rewards.sum(1), lambda x: ppo.whiten(x, rollout.mask, total=total))
+    """The return less the mean over the batch: REINFORCE with the simplest baseline."""
+    returns = rollout.rewards.sum(1)
+    return of_responses(rollout, returns - total(returns.sum()) / total(torch.ones_like(returns).sum()), total)
 
 
 def leave_one_out(rollout, config, total=ppo.alone):
-    """The return less the mean of the prompt's other responses (RLOO), brought to variance 1 over the batch."""
+    """The return less the mean of the prompt's other responses (RLOO)."""
     k, groups = config.num_generations, by_prompt(rollout, config)
-    advantages = (groups - groups.mean(1, keepdim=True)) * k / (k - 1)
-    return of_responses(rollout, advantages, lambda x: ppo.whiten(x, rollout.mask, shift_mean=False, total=total))
+    return of_responses(rollout, (groups - groups.mean(1, keepdim=True)) * k / (k - 1), total)
 
 
 def group_mean(rollout, config, total=ppo.alone):
     """The return less the mean of the prompt's responses, itself included ("Dr. GRPO", Liu et al. 2025, arXiv:2503.20783)."""
     groups = by_prompt(rollout, config)
-    shape = lambda x: ppo.whiten(x, rollout.mask, shift_mean=False, total=total)
-    return of_responses(rollout, groups - groups.mean(1, keepdim=True), shape)
+    return of_responses(rollout, groups - groups.mean(1, keepdim=True), total)
 
 
 def group_normalised(rollout, config, total=ppo.alone):
     """The same over the deviation of the prompt's responses (GRPO, Shao et al. 2024, arXiv:2402.03300)."""
     groups = by_prompt(rollout, config)
-    return of_responses(rollout, (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4))
+    return of_responses(rollout, (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4), total)
 
 
 def by_prompt(rollout, config):
@@ -48,10 +46,11 @@ def by_prompt(rollout, config):
     return rollout.rewards.sum(1).view(-1, config.num_generations)
 
 
-def of_responses(rollout, advantages, shape=lambda x: x):
-    """(advantages, returns), both (B, T): each response's number on all its tokens, and returns that ask nothing of the value head."""
+def of_responses(rollout, advantages, total):
+    """(advantages, returns), both (B, T): each response's number on all its tokens, brought to a mean square of 1 over the batch's
+    tokens as whitening does (so that one learning rate serves all methods), and returns that ask nothing of the value head."""
     advantages = torch.where(rollout.mask, advantages.reshape(-1, 1), 0.0)
-    return shape(advantages), rollout.values.clone()
+    return advantages * torch.rsqrt(ppo.masked_mean(advantages**2, rollout.mask, total) + 1e-8), rollout.values.clone()
 
 
 ADVANTAGES = dict(

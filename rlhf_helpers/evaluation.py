@@ -8,7 +8,8 @@ import torch
 from accelerate.utils import gather_object
 
 from rlhf_helpers import progress
-from rlhf_helpers.course.gold import distinct2, gold_reward
+from rlhf_helpers.course.gold import distinct2, gold_reward, is_whole
+from rlhf_helpers.intervals import mean_interval
 from rlhf_helpers.machine import peak_megabytes
 
 COLUMNS = ("prompt", "response", "reward", "gold", "kl")
@@ -29,6 +30,25 @@ class Evaluation:
     def distinct2(self):
         return distinct2(self.responses)
 
+    @property
+    def whole(self):
+        """Share of the answers that end like a sentence."""
+        return sum(map(is_whole, self.responses)) / len(self.responses)
+
+    @property
+    def samples(self):
+        """Answers to each prompt."""
+        return len(self.prompts) // len(set(self.prompts))
+
+    def by_prompt(self, values):
+        """Values of the answers as (prompts, samples)."""
+        return np.asarray(values).reshape(-1, self.samples)
+
+    def first(self, count):
+        """The same with the first `count` answers to each prompt."""
+        rows = [i for i in range(len(self.prompts)) if i % self.samples < count]
+        return Evaluation.of_records([record for i, record in enumerate(self.records()) if i in set(rows)])
+
     def records(self):
         """One dict a sample, for a JSONL file."""
         columns = zip(self.prompts, self.responses, self.rewards.tolist(), self.gold.tolist(), self.kl.tolist())
@@ -41,92 +61,108 @@ class Evaluation:
         return cls(prompts, responses, *map(np.asarray, numbers))
 
 
-def evaluate(trainer, prompts, reward_fn, samples=2, seed=1234, batch_size=40):
-    """Sample `samples` responses to each prompt with a fixed seed, and score them. The trainer is not changed. Several
-    processes share the prompts (some may get none), and all of them get the whole Evaluation."""
+def evaluate(trainer, prompts, reward_fn, samples=2, seed=1234, batch_size=40, reference=False):
+    """Sample `samples` responses to each prompt with a fixed seed, and score them; with `reference`, from the reference, whose KL
+    is 0. The trainer is not changed. Several processes share the prompts (some may get none), and all of them get the whole
+    Evaluation."""
     prompts, _ = trainer.encode([prompt for prompt in prompts for _ in range(samples)])
     with trainer.accelerator.split_between_processes(prompts) as part:
-        rows = evaluate_here(trainer, part, reward_fn, seed + trainer.accelerator.process_index, batch_size) if part else []
+        seed += trainer.accelerator.process_index
+        rows = evaluate_here(trainer, part, reward_fn, seed, batch_size, reference) if part else []
     texts, rewards, gold, kl = zip(*gather_object(rows))
     return Evaluation(prompts, list(texts), np.asarray(rewards), np.asarray(gold), np.asarray(kl))
 
 
-def evaluate_here(trainer, prompts, reward_fn, seed, batch_size):
+def evaluate_here(trainer, prompts, reward_fn, seed, batch_size, reference):
     """One (response, reward, gold, KL) for each of this process's prompts."""
     _, queries = trainer.encode(prompts)
     generator, texts, kl = torch.Generator().manual_seed(seed), [], []
     with progress.bar(len(prompts), "held-out", "samples", trainer.accelerator.is_main_process) as done:
         for start in range(0, len(queries), batch_size):
             batch = queries[start : start + batch_size]
-            responses = trainer.generate(batch, generator=generator)
-            rollout = trainer.inspect(batch, responses)
+            responses = trainer.generate(batch, generator=generator, reference=reference)
             texts += trainer.decode(responses)
-            kl += (rollout.logprobs - rollout.ref_logprobs).sum(1).tolist()
+            kl += [0.0] * len(batch) if reference else kl_of(trainer.inspect(batch, responses))
             done.update(len(batch))
     rewards = [float(score) for score in reward_fn(prompts, texts)]
     return list(zip(texts, rewards, map(gold_reward, prompts, texts), kl))
 
 
-def paired_gain(prompts, before, after, draws=10_000, seed=0):
+def kl_of(rollout):
+    """Nats of every response, a list: the sum over its tokens of log pi - log pi_ref."""
+    return (rollout.logprobs - rollout.ref_logprobs).sum(1).tolist()
+
+
+def paired_gain(prompts, before, after):
     """(mean gain, (low, high)): 95 % bootstrap interval over prompts of after - before, a prompt's samples kept together."""
     gains = {}
     for prompt, gain in zip(prompts, np.asarray(after) - np.asarray(before)):
         gains.setdefault(prompt, []).append(gain)
-    means = np.asarray([np.mean(values) for values in gains.values()])
-    resampled = np.random.default_rng(seed).choice(means, (draws, len(means))).mean(1)
-    low, high = np.quantile(resampled, [0.025, 0.975])
-    return float(means.mean()), (float(low), float(high))
+    return mean_interval([np.mean(values) for values in gains.values()])
+
+
+def best_of(evaluation, count):
+    """(reward, gold): means over prompts of the answer that the reward model likes best among the first `count` to each. What
+    sampling `count` times from the same policy brings without any training."""
+    rewards, gold = (evaluation.by_prompt(values)[:, :count] for values in (evaluation.rewards, evaluation.gold))
+    best = rewards.argmax(1)[:, None]
+    return tuple(float(np.take_along_axis(values, best, 1).mean()) for values in (rewards, gold))
 
 
 # ---------------------------------------------------------------- the results of a run
 
 
 def summarize(before, after, history, seconds):
-    """What summary.json says of two Evaluations and the steps between. A number that is not finite is None."""
+    """What summary.json says of two Evaluations of the same prompts and the steps between. Gains and their intervals are in the
+    unit of what they are gains of. A number that is not finite is None."""
     of_steps = lambda name: [row[name] for row in history if math.isfinite(row.get(name, math.nan))]
     sampler_kl, sampler_diff = of_steps("objective/sampler_kl"), of_steps("objective/sampler_max_diff")
-    numbers = dict(
-        heldout_reward_before=before.rewards.mean(),
-        heldout_reward_after=after.rewards.mean(),
-        heldout_reward_gain_ci95=paired_gain(before.prompts, before.rewards, after.rewards)[1],
-        heldout_gold_before=before.gold.mean(),
-        heldout_gold_after=after.gold.mean(),
-        heldout_gold_gain_ci95=paired_gain(before.prompts, before.gold, after.gold)[1],
+    numbers = {}
+    for name, values in dict(reward="rewards", gold="gold").items():
+        b, a = getattr(before, values), getattr(after, values)
+        gain, interval = mean_interval(after.by_prompt(a).mean(1) - before.by_prompt(b).mean(1))
+        numbers |= {f"heldout_{name}_before": b.mean(), f"heldout_{name}_after": a.mean()}
+        numbers |= {f"heldout_{name}_gain": gain, f"heldout_{name}_gain_ci95": interval}
+    n = min(4, before.samples)
+    best_reward, best_gold = best_of(before, n)
+    numbers |= dict(
+        best_of=n,  # how many answers of the untrained model the next two choose from
+        best_of_reward=best_reward,
+        best_of_gold=best_gold,
         base_reward_std=before.rewards.std(ddof=1) if len(before.rewards) > 1 else math.nan,
         mean_kl=after.kl.mean(),
         sampler_kl=sum(sampler_kl) / len(sampler_kl) if sampler_kl else math.nan,
         sampler_max_diff=max(sampler_diff, default=math.nan),
+        whole_before=before.whole,
+        whole_after=after.whole,
         distinct2_before=before.distinct2,
         distinct2_after=after.distinct2,
         seconds=seconds,
         ppo_seconds=sum(row.get(name, 0.0) for row in history for name in TIMES),
         peak_rss_mb=peak_megabytes(),
     )
-    exact = ("sampler_kl", "sampler_max_diff")  # far below the fourth place
-    rounded = lambda name, x: None if not math.isfinite(x) else float(x) if name in exact else round(float(x), 4)
+    exact = ("sampler_kl", "sampler_max_diff", "best_of")  # far below the fourth place, or whole
+    rounded = lambda name, x: None if not math.isfinite(x) else x if name in exact else round(float(x), 4)
     return {k: [rounded(k, x) for x in v] if isinstance(v, tuple) else rounded(k, v) for k, v in numbers.items()}
 
 
 def report(summary, samples, output):
-    """The last screen of a run; a number that is None is a question mark."""
-    n = lambda value, form="+.2f": "?" if value is None else format(value, form)
-    less = lambda a, b: None if a is None or b is None else a - b
+    """The last screen of a run; a number that is None, or that an older summary lacks, is a question mark."""
+    n = lambda name, form="+.2f": "?" if summary.get(name) is None else format(summary[name], form)
     print(f"\nheld-out prompts, before -> after {summary['steps']} PPO steps (gain: 95 % interval, bootstrap over prompts)")
     for name in ("reward", "gold"):
-        b, a = summary[f"heldout_{name}_before"], summary[f"heldout_{name}_after"]
-        low, high = summary[f"heldout_{name}_gain_ci95"]
-        print(f"  {name:7s} {n(b)} -> {n(a)}   gain {n(less(a, b))} ({n(low)} to {n(high)})")
-    gain, std = less(summary["heldout_reward_after"], summary["heldout_reward_before"]), summary["base_reward_std"]
-    deviations = gain / std if std and gain is not None else None
-    print(f"  the reward's gain is {n(deviations, '.2f')} deviations of the base model's reward")
-    print(f"  KL {n(summary['mean_kl'], '.2f')} nats a response; distinct word pairs "
-          f"{n(summary['distinct2_before'], '.2f')} -> {n(summary['distinct2_after'], '.2f')}")  # fmt: skip
-    apart, largest = n(summary["sampler_kl"], ".2g"), n(summary["sampler_max_diff"], ".2g")
+        low, high = (format(x, "+.2f") for x in summary[f"heldout_{name}_gain_ci95"])
+        best = f"best of {n('best_of', 'd')} without training {n(f'best_of_{name}')}"
+        print(f"  {name:7s} {n(f'heldout_{name}_before')} -> {n(f'heldout_{name}_after')}   "
+              f"gain {n(f'heldout_{name}_gain')} ({low} to {high})   {best}")  # fmt: skip
+    print(f"  whole answers {n('whole_before', '.0%')} -> {n('whole_after', '.0%')}; distinct word pairs "
+          f"{n('distinct2_before', '.2f')} -> {n('distinct2_after', '.2f')}; KL {n('mean_kl', '.2f')} nats a response")  # fmt: skip
+    apart, largest = n("sampler_kl", ".2g"), n("sampler_max_diff", ".2g")
     print(f"  sampler and trainer differ by {apart} nats (largest token {largest})")
     print(f"  {summary['ppo_seconds'] / 60:.1f} minutes of PPO, {summary['seconds'] / 60:.1f} in all, "
-          f"peak memory {n(summary['peak_rss_mb'], '.0f')} MB\n")  # fmt: skip
+          f"peak memory {n('peak_rss_mb', '.0f')} MB\n")  # fmt: skip
     for sample in samples[:: max(1, len(samples) // 3)][:3]:
-        print(f"{sample['prompt']}\n  before ({n(sample['reward_before'])}): {' '.join(sample['before'].split())}")
-        print(f"  after  ({n(sample['reward'])}): {' '.join(sample['response'].split())}\n")
+        print(f"{sample['prompt']}\n  before ({sample['reward_before']:+.2f}): {' '.join(sample['before'].split())}")
+        print(f"  after  ({sample['reward']:+.2f}): {' '.join(sample['response'].split())}\n")
     print(f"figure  {output / 'curves.png'}\nlog     {output / 'history.jsonl'}")
     print(f"adapter {output / 'checkpoint'}\nsummary {output / 'summary.json'}")

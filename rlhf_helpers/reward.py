@@ -23,6 +23,7 @@ from rlhf_helpers.files import (
     write_manifest,
     write_text,
 )
+from rlhf_helpers.intervals import mean_interval
 from rlhf_helpers.machine import device_and_dtype
 
 FORMAT_FILE = "reward_format.json"
@@ -193,8 +194,7 @@ def pair_accuracy(reward_fn, pairs):
     prompts = [pair["prompt"] for pair in pairs]
     chosen, rejected = (reward_fn(prompts, [pair[side] for pair in pairs]) for side in ("chosen", "rejected"))
     right = np.asarray([float(better) > float(worse) for better, worse in zip(chosen, rejected, strict=True)])
-    draws = np.random.default_rng(0).choice(right, (2000, len(right))).mean(1)
-    return right.mean().item(), tuple(np.quantile(draws, [0.025, 0.975]).tolist())
+    return mean_interval(right)
 
 
 def ensure_reward_model(folder=None, pairs_file=DATA_FILE, heldout_file=HELDOUT_FILE, say=print):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rlhf_helpers.data import read_jsonl, save_jsonl
-from rlhf_helpers.evaluation import Evaluation, evaluate, paired_gain, report, summarize
+from rlhf_helpers.evaluation import Evaluation, best_of, evaluate, paired_gain, report, summarize
 from tests import tiny
 from tests.tiny import same, state, with_lora
 
@@ -72,14 +72,6 @@ def test_a_gain_that_all_prompts_share_has_no_spread():
     assert paired_gain(list("aabbcc"), before, before + 0.5) == (0.5, (0.5, 0.5))
 
 
-def test_the_interval_covers_the_true_gain_about_as_often_as_it_says():
-    rng, covered = np.random.default_rng(0), 0
-    for _ in range(100):
-        low, high = paired_gain(range(40), np.zeros(40), rng.normal(1.0, 1.0, 40), draws=400)[1]
-        covered += low <= 1.0 <= high
-    assert 87 <= covered <= 99
-
-
 # ---------------------------------------------------------------- what a run came to
 
 
@@ -100,9 +92,40 @@ def test_a_process_without_prompts_takes_part(monkeypatch):
     assert result.responses == ["t5", "t5"] and result.rewards.tolist() == [1.0, 1.0]
 
 
-def samples(rewards, kl=0.0):
+def samples(rewards, kl=0.0, texts=None, each=1):
     n = len(rewards)
-    return Evaluation(["p"] * n, ["a b"] * n, np.asarray(rewards), np.ones(n), np.full(n, kl))
+    prompts = [f"p{i // each}" for i in range(n)]
+    return Evaluation(prompts, texts or ["a b"] * n, np.asarray(rewards), np.asarray(rewards) / 2, np.full(n, kl))
+
+
+def test_samples_of_the_reference_are_those_of_the_untrained_policy_and_have_no_kl():
+    trained = tiny.trainer(with_lora(tiny.llama(), b_scale=0.3))
+    before = evaluate(trained, PROMPTS, length, reference=True)
+    assert (before.kl == 0).all() and before.responses == evaluate(tiny.trainer(), PROMPTS, length).responses
+    assert before.responses != evaluate(trained, PROMPTS, length).responses
+
+
+def test_best_of_n_takes_the_answer_with_the_highest_reward_of_each_prompt():
+    one = samples([0.0, 3.0, 1.0, 2.0, 5.0, 4.0, 9.0, 0.0], each=4)
+    assert best_of(one, 4) == (6.0, 3.0) and best_of(one, 2) == (4.0, 2.0) and best_of(one, 1) == (2.5, 1.25)
+
+
+def test_the_first_samples_of_each_prompt_are_kept_in_order():
+    assert samples([0.0, 1.0, 2.0, 3.0], each=2).first(1).rewards.tolist() == [0.0, 2.0]
+
+
+def test_gains_compare_the_means_of_a_prompt_whatever_the_number_of_its_samples():
+    before, after = samples([0.0, 1.0, 2.0, 3.0] * 2, each=4), samples([2.0, 3.0, 4.0, 5.0], each=2)
+    summary = summarize(before, after, [], 60.0)
+    assert summary["heldout_reward_gain"] == 2.0 and summary["heldout_reward_gain_ci95"] == [1.0, 3.0]
+    assert summary["heldout_gold_gain"] == 1.0 and summary["heldout_gold_gain_ci95"] == [0.5, 1.5]
+    assert (summary["best_of"], summary["best_of_reward"], summary["best_of_gold"]) == (4, 3.0, 1.5)
+
+
+def test_a_summary_says_how_many_answers_are_whole():
+    before, after = samples([0.0, 1.0], texts=["It rains", "It rains."]), samples([0.0, 1.0], texts=["It rains."] * 2)
+    summary = summarize(before, after, [], 60.0)
+    assert (summary["whole_before"], summary["whole_after"]) == (0.5, 1.0)
 
 
 def test_a_summary_says_how_far_sampler_and_trainer_were_apart():
@@ -119,13 +142,21 @@ def test_numbers_that_are_none_are_null_in_the_summary_and_a_question_mark_on_th
     row = dict(prompt="p", before="a", response="b", reward_before=0.5, reward=1.0)
     report(summary, [row], Path("run"))
     out = capsys.readouterr().out
-    assert "the reward's gain is ? deviations" in out and "sampler and trainer differ by ? nats (largest token ?)" in out
+    assert "KL ? nats a response" in out and "sampler and trainer differ by ? nats (largest token ?)" in out
 
 
-def test_equal_rewards_have_no_deviation_to_measure_by(capsys):
-    summary = summarize(samples([0.5, 0.5]), samples([1.0, 1.0]), [], seconds=60.0) | dict(steps=1)
-    report(summary, [], Path("run"))
-    assert "the reward's gain is ? deviations" in capsys.readouterr().out
+def test_the_last_screen_shows_gain_and_interval_in_one_unit_with_best_of_n_beside_them(capsys):
+    before, after = samples([0.0, 1.0, 2.0, 3.0] * 2, each=4), samples([2.0, 3.0, 4.0, 5.0], each=2)
+    report(summarize(before, after, [], 60.0) | dict(steps=1), [], Path("run"))
+    out = capsys.readouterr().out
+    assert "reward  +1.50 -> +3.50   gain +2.00 (+1.00 to +3.00)   best of 4 without training +3.00" in out
+    assert "whole answers 0% -> 0%" in out
+
+
+def test_the_screen_of_an_older_summary_has_question_marks(capsys):
+    summary = summarize(samples([0.0, 1.0]), samples([1.0, 2.0]), [], 60.0) | dict(steps=1)
+    report({name: value for name, value in summary.items() if "best" not in name and "whole" not in name}, [], Path("run"))
+    assert "best of ? without training ?" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("value, line", [(0.0, "0 nats (largest token 0)"), (2.5e-7, "2.5e-07 nats (largest token 2.5e-07)")])

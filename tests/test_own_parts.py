@@ -5,6 +5,7 @@ import gzip
 import json
 import random
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from transformers import (
     XLNetForSequenceClassification,
 )
 
-from rlhf_helpers.config import PPOConfig, Profile
+from rlhf_helpers.config import CPU, PPOConfig, Profile
 from rlhf_helpers.data import load_preferences, load_prompts, save_jsonl, transcript, turns
 from rlhf_helpers.models import PolicyWithValueHead, encode_prompt, load_policy
 from rlhf_helpers.reward import RewardModel, pair_accuracy, train_reward_model
@@ -307,6 +308,32 @@ def test_a_template_without_a_system_s_turn_reads_it_before_the_first_question()
     tokenizer.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
     ids = encode_prompt(tokenizer, "\n\nSystem: t9\n\nHuman: t10\n\nAssistant: t12\n\nHuman: t13\n\nAssistant:")
     assert tokenizer.decode(ids) == "<user> t9 t10 <assistant> t12 <user> t13 <assistant>"
+
+
+def test_the_system_s_turn_stands_before_every_prompt_that_has_none_of_its_own():
+    tokenizer = chat_tokenizer()
+    assert tokenizer.decode(encode_prompt(tokenizer, "t10", "t9")) == "<system> t9 <user> t10 <assistant>"
+    own = "\n\nSystem: t8\n\nHuman: t10\n\nAssistant: t11\n\nHuman: t12\n\nAssistant:"
+    assert tokenizer.decode(encode_prompt(tokenizer, own, "t9")).startswith("<system> t8 <user> t10")
+    tokenizer.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
+    assert tokenizer.decode(encode_prompt(tokenizer, "t10", "t9")) == "<user> t9 t10 <assistant>"
+    tokenizer.chat_template = None
+    assert tokenizer.decode(encode_prompt(tokenizer, "t10", "t9")) == "t9 t10"
+
+
+def test_a_trainer_asks_after_the_system_s_turn_of_its_settings():
+    tokenizer = chat_tokenizer()
+    plain, short = (tiny.trainer(tokenizer=tokenizer, system=system) for system in (None, "t9"))
+    assert tokenizer.decode(plain.encode(["t10"])[1][0]) == "<user> t10 <assistant>"
+    assert tokenizer.decode(short.encode(["t10"])[1][0]) == "<system> t9 <user> t10 <assistant>"
+
+
+def test_the_system_s_turn_is_the_profile_s_and_can_be_another_or_none():
+    assert CPU.ppo_config().system == CPU.system == "Answer in one or two short sentences."
+    assert replace(CPU, system="Be kind.").ppo_config().system == "Be kind."
+    assert CPU.ppo_config(system=None).system is None
+    with pytest.raises(ValueError, match="PPOConfig.system is ' '; expected None or some text"):
+        PPOConfig(system=" ")
 
 
 # ---------------------------------------------------------------- what the reward model reads of long and padded texts

@@ -90,16 +90,44 @@ def test_the_pip_section_of_the_environment_file_installs(tmp_path):
     assert done.stdout.strip() == PINS["transformers"]
 
 
-def test_the_prompts_are_240_over_16_subjects_and_60_are_held_out_of_training():
+def test_the_prompts_are_in_three_sets_over_16_subjects_and_pairs_keep_to_theirs():
     from rlhf_helpers.data import load_preferences, load_prompts, read_jsonl
 
-    train, heldout = (load_prompts(ROOT / "data" / f"prompts_{split}.jsonl") for split in ("train", "heldout"))
-    assert (len(train), len(heldout)) == (180, 60) and not set(train) & set(heldout)
-    subjects = {r["subject"] for split in ("train", "heldout") for r in read_jsonl(ROOT / "data" / f"prompts_{split}.jsonl")}
-    assert len(subjects) == 16
-    pairs = load_preferences(ROOT / "data" / "pairwise_prefs_part_1.jsonl")
-    assert len(pairs) == 619 and {pair["prompt"] for pair in pairs} <= set(train)
-    assert all(pair["chosen"] != pair["rejected"] for pair in pairs)
+    files = {split: ROOT / "data" / f"prompts_{split}.jsonl" for split in ("train", "heldout", "test")}
+    prompts = {split: set(load_prompts(file)) for split, file in files.items()}
+    assert {split: len(some) for split, some in prompts.items()} == dict(train=244, heldout=60, test=120)
+    assert len(set().union(*prompts.values())) == 424  # none in two sets
+    assert all(len({row["subject"] for row in read_jsonl(file)}) == 16 for file in files.values())
+    for split, name in dict(train="part_1", heldout="heldout", test="test").items():
+        pairs = load_preferences(ROOT / "data" / f"pairwise_prefs_{name}.jsonl")
+        assert {pair["prompt"] for pair in pairs} <= prompts[split] and len(pairs) >= 200
+        assert all(pair["chosen"] != pair["rejected"] for pair in pairs)
+
+
+def test_no_subject_of_a_test_prompt_is_met_before():
+    from rlhf_helpers.course.gold import subject_of
+    from rlhf_helpers.data import load_prompts
+
+    of = lambda split: [subject_of(prompt) for prompt in load_prompts(ROOT / "data" / f"prompts_{split}.jsonl")]
+    before = set().union(*of("train"), *of("heldout"))
+    assert [subject for subject in of("test") if subject & before] == []
+
+
+def test_only_the_last_evaluation_of_an_experiment_opens_the_test_prompts():
+    """Recipes that were tuned on them would be judged by what they were tuned on."""
+    may = {
+        "data/make_preferences.py",  # samples base answers to them, for the pairs that judge the reward model
+        "data/make_runs.py",  # the last evaluation of a run
+        "rlhf_helpers/config.py",  # names the file
+        "rlhf_helpers/course/runs.py",  # reads what was written to them
+        "tests/test_gold.py",
+        "tests/test_setup.py",
+    }
+    files = [file for end in ("py", "ipynb", "md") for file in ROOT.rglob(f"*.{end}")]
+    files = [file for file in files if not {".venv", "output", "build"} & set(file.relative_to(ROOT).parts)]
+    names = re.compile(r"prompts_test|TEST_FILE|prompts_\{split\}")
+    opened = {str(file.relative_to(ROOT)) for file in files if names.search(file.read_text(encoding="utf-8"))}
+    assert {file for file in opened if not file.endswith(".md")} <= may
 
 
 def test_every_test_that_the_table_of_requirements_names_exists():

@@ -1,0 +1,41 @@
+"""Bootstrap intervals: exact on small cases, and right about as often as they say."""
+
+import numpy as np
+import pytest
+
+from rlhf_helpers.intervals import mean_interval, two_level_interval
+
+
+def test_a_mean_over_two_values_can_be_either():
+    assert mean_interval([2.0, 5.0]) == (3.5, (2.0, 5.0))
+
+
+def test_values_that_agree_have_no_spread():
+    assert mean_interval([0.5] * 7) == (0.5, (0.5, 0.5))
+    assert two_level_interval(np.full((3, 4), 0.5)) == (0.5, pytest.approx((0.5, 0.5)))
+
+
+def test_it_covers_the_true_mean_about_as_often_as_it_says():
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(100):
+        low, high = mean_interval(rng.normal(1.0, 1.0, 40), draws=400)[1]
+        covered += low <= 1.0 <= high
+    assert 87 <= covered <= 99
+
+
+def test_with_both_levels_drawn_an_interval_is_as_wide_as_the_wider_of_them():
+    rng = np.random.default_rng(0)
+    seeds = rng.normal(size=(10, 1)) + np.zeros((10, 100))  # all the chance is in the seeds
+    prompts = np.zeros((10, 1)) + rng.normal(size=(1, 100))
+    width = lambda values: np.subtract(*two_level_interval(values)[1][::-1])
+    assert width(seeds) == pytest.approx(2 * 1.96 * seeds[:, 0].std() / 10**0.5, rel=0.15)
+    assert width(prompts) == pytest.approx(2 * 1.96 * prompts[0].std() / 100**0.5, rel=0.15)
+
+
+def test_the_two_level_interval_covers_the_true_mean_about_as_often_as_it_says():
+    rng, covered = np.random.default_rng(1), 0
+    for _ in range(100):
+        values = 1.0 + rng.normal(size=(10, 1)) * 0.3 + rng.normal(size=(1, 60)) + rng.normal(size=(10, 60))
+        low, high = two_level_interval(values, draws=400)[1]
+        covered += low <= 1.0 <= high
+    assert 85 <= covered <= 100
