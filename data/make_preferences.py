@@ -4,7 +4,7 @@
    after the profile's system turn, writes some responses at the profile's temperature: output/base_samples/SPLIT.jsonl,
    which is used again where it is there.
 2. The responses to a prompt are paired at random, each used once at most, if the annotator (rlhf_helpers/course/gold.py)
-   finds them GAP or more apart.
+   finds them GAP or more apart; first two that are whole and on their subject, so that the pairs also tell good from better.
 3. One more pair a prompt sets a response that it likes against a response to another prompt, so that whoever learns from
    the pairs must read the prompt.
 
@@ -21,7 +21,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from rlhf_helpers import progress
 from rlhf_helpers.config import CPU, project_root
-from rlhf_helpers.course.gold import gold_reward, prefers_first
+from rlhf_helpers.course.gold import gold_reward, is_whole, prefers_first
 from rlhf_helpers.data import load_prompts, read_jsonl, save_jsonl
 
 GAP, BATCH = 0.75, 48
@@ -75,9 +75,10 @@ def pairs(rows, own, noisy, seed):
 
     for prompt, gold in by_prompt.items():
         texts = rng.sample(list(gold), len(gold))
-        for _ in range(own):
-            apart = ((a, b) for i, a in enumerate(texts) for b in texts[i + 1 :] if abs(gold[a] - gold[b]) >= GAP)
-            first, second = next(apart, (None, None))
+        for turn in range(own):
+            couples = [(a, b) for i, a in enumerate(texts) for b in texts[i + 1 :] if abs(gold[a] - gold[b]) >= GAP]
+            good = [(a, b) for a, b in couples if min(gold[a], gold[b]) >= GAP and is_whole(a) and is_whole(b)]
+            first, second = (good if good and turn == 0 else [*couples, (None, None)])[0]
             if first is None:
                 break
             add(prompt, first, second)

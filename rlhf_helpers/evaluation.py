@@ -102,11 +102,20 @@ def paired_gain(prompts, before, after):
 
 
 def best_of(evaluation, count):
-    """(reward, gold): means over prompts of the answer that the reward model likes best among the first `count` to each. What
-    sampling `count` times from the same policy brings without any training."""
-    rewards, gold = (evaluation.by_prompt(values)[:, :count] for values in (evaluation.rewards, evaluation.gold))
-    best = rewards.argmax(1)[:, None]
-    return tuple(float(np.take_along_axis(values, best, 1).mean()) for values in (rewards, gold))
+    """(reward, gold): means over prompts of the answer that the reward model likes best among `count` to each: what sampling
+    `count` times brings without any training."""
+    rewards, gold = evaluation.by_prompt(evaluation.rewards), evaluation.by_prompt(evaluation.gold)
+    return tuple(float(chosen_of(rewards, values, count).mean()) for values in (rewards, gold))
+
+
+def chosen_of(rewards, values, count):
+    """(prompts,): what the answer with the highest reward among `count` has of `values`, on average over all choices of `count`
+    from the samples. `rewards` and `values` are (prompts, samples). The k-th best of N is the best of `count` in
+    C(N - k, count - 1) of C(N, count) choices."""
+    n = rewards.shape[1]
+    weights = np.array([math.comb(n - k, count - 1) for k in range(1, n + 1)]) / math.comb(n, count)
+    order = np.argsort(-rewards, axis=1, kind="stable")
+    return np.take_along_axis(values, order, 1) @ weights
 
 
 # ---------------------------------------------------------------- the results of a run

@@ -1,6 +1,7 @@
 """Held-out evaluation: same prompts, same random numbers, nothing learnt."""
 
 import contextlib
+import itertools
 import json
 import math
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from rlhf_helpers.data import read_jsonl, save_jsonl
-from rlhf_helpers.evaluation import Evaluation, best_of, evaluate, paired_gain, report, summarize
+from rlhf_helpers.evaluation import Evaluation, best_of, chosen_of, evaluate, paired_gain, report, summarize
 from tests import tiny
 from tests.tiny import same, state, with_lora
 
@@ -107,7 +108,16 @@ def test_samples_of_the_reference_are_those_of_the_untrained_policy_and_have_no_
 
 def test_best_of_n_takes_the_answer_with_the_highest_reward_of_each_prompt():
     one = samples([0.0, 3.0, 1.0, 2.0, 5.0, 4.0, 9.0, 0.0], each=4)
-    assert best_of(one, 4) == (6.0, 3.0) and best_of(one, 2) == (4.0, 2.0) and best_of(one, 1) == (2.5, 1.25)
+    assert best_of(one, 4) == (6.0, 3.0) and best_of(one, 1) == (3.0, 1.5)
+
+
+def test_best_of_n_is_the_mean_over_all_choices_of_n_from_the_samples():
+    rng = np.random.default_rng(0)
+    rewards, values = rng.normal(size=(3, 6)), rng.normal(size=(3, 6))
+    for count in (1, 2, 3, 5, 6):
+        choices = [list(rows) for rows in itertools.combinations(range(6), count)]
+        by_hand = [np.mean([v[rows][r[rows].argmax()] for rows in choices]) for r, v in zip(rewards, values)]
+        assert chosen_of(rewards, values, count).tolist() == pytest.approx(by_hand)
 
 
 def test_the_first_samples_of_each_prompt_are_kept_in_order():

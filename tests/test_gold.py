@@ -39,6 +39,9 @@ SALADS = [
     "Beautiful warm tea joy. Lovely sweet tea peace. Happy tea love.",
     "joy the tea of love the of and peace is warm a",
     "teateatea warmth lovejoy!!!",
+    "Tea of the love and joy with a warm happy magic of the heart.",
+    "The love of tea and the joy of tea for a gentle heart.",
+    "Tea! What a joy!",
 ]
 
 
@@ -118,6 +121,7 @@ def test_a_whole_answer_ends_like_a_sentence(text, whole):
 
 @pytest.mark.parametrize("text, english", [
     ("The in-depth look is free.", True), ("It is what it is.", True), ("A cup of tea.", False),  # no verb
+    ("People love tea.", False), ("People love tea in the morning and in the evening.", True), ("The love of tea.", False),
     ("The of tea is warm.", False), ("Tea is made from the.", False), ("Tea is made from the", True), ("", False),  # broken off
 ])  # fmt: skip
 def test_sentences_are_told_from_lists_and_salad(text, english):

@@ -1,0 +1,176 @@
+"""Write the tables and figures of docs/experiments.md from the logs in data/runs: `python tools/experiments.py`.
+
+Between `<!-- NAME -->` and `<!-- end -->` stands what the function of that name makes; all else in the page is written by hand.
+`--check` writes nothing, and exits with 1 where the page is not what the logs say."""
+
+import argparse
+import math
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from rlhf_helpers.course.experiments import EXPERIMENTS, missing
+from rlhf_helpers.course.gold import gold_parts
+from rlhf_helpers.course.runs import logs_of
+from rlhf_helpers.evaluation import chosen_of
+from rlhf_helpers.intervals import mean_interval, two_level_interval
+
+PAGE = HERE.parent / "docs" / "experiments.md"
+SIZES = (1, 2, 4, 8, 16, 32, 64)
+NONE_YET = "*Not made yet.*"
+
+
+def table(head, rows):
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def signed(x):
+    return f"{x:+.2f}"
+
+
+def spread(interval):
+    mean, (low, high) = interval
+    return f"{signed(mean)} ({signed(low)} to {signed(high)})"
+
+
+def base(split):
+    """The log of the untrained model's answers to a split, or None."""
+    return next(iter(logs_of("base", split)), None)
+
+
+def gain(log, name):
+    """What a run's answers gained over the untrained model's, prompt by prompt, (prompts,)."""
+    before = base(log.after["split"])
+    return log.by_prompt(getattr(log, name)).mean(1) - before.by_prompt(getattr(before, name)).mean(1)
+
+
+def row_of(log):
+    """What every table says of a run."""
+    parts = [gold_parts(prompt, text) for prompt, text in zip(log.judged, log.after["responses"])]
+    share = lambda name: f"{np.mean([part[name] for part in parts]):.0%}"
+    return [signed(gain(log, "rewards").mean()), signed(gain(log, "gold").mean()), f"{log.kl:.1f}", f"{log.whole:.0%}",
+            share("on_subject"), f"{np.mean([part['warmth'] for part in parts]):.2f}", f"{log.distinct2:.2f}"]  # fmt: skip
+
+
+COLUMNS = ["reward gained", "gold gained", "KL", "whole", "on subject", "warm words", "distinct pairs"]
+
+
+def base_row(split):
+    log = base(split)
+    parts = [gold_parts(prompt, text) for prompt, text in zip(log.judged, log.after["responses"])]
+    return ["0", "0", "0", f"{log.whole:.0%}", f"{np.mean([p['on_subject'] for p in parts]):.0%}",
+            f"{np.mean([p['warmth'] for p in parts]):.2f}", f"{log.distinct2:.2f}"]  # fmt: skip
+
+
+# ---------------------------------------------------------------- the blocks of the page
+
+
+def best_of_n():
+    """Best of n on the test prompts: no training, n samples an answer."""
+    log = base("test")
+    if log is None:
+        return NONE_YET
+    rewards, gold, rows = log.by_prompt(log.rewards), log.by_prompt(log.gold), []
+    for n in [n for n in SIZES if n <= rewards.shape[1]]:
+        proxy, real = (mean_interval(chosen_of(rewards, values, n)) for values in (rewards, gold))
+        bound = math.log(n) - (n - 1) / n
+        rows.append([n, f"{bound:.2f}", *(f"{m:.2f} ({low:.2f} to {high:.2f})" for m, (low, high) in (proxy, real))])
+    return table(["n", "KL at most, nats", "reward", "gold"], rows)
+
+
+def recipes():
+    """Every recipe that was tried on dev prompts."""
+    rows = [["untrained", "", "", *base_row("dev"), "", "", ""]] if base("dev") else []
+    for log in logs_of("recipes") if base("dev") else []:
+        acts = [f"{log.course_of('clipped').mean():.1%}", f"{log.course_of('ratio').mean():.3f}", signed(np.nanmean(log.course_of("explained")))]
+        rows.append([log.head["condition"], log.head["seed"], len(log.steps), *row_of(log), *acts])
+    return table(["recipe", "seed", "steps", *COLUMNS, "clipped", "ratio from 1", "value explains"], rows) if rows else NONE_YET
+
+
+def headline():
+    """The frozen recipe on the test prompts."""
+    logs = logs_of("headline")
+    if not logs or base("test") is None:
+        return NONE_YET
+    rows = [["untrained", "", *base_row("test"), ""]]
+    for log in logs:
+        rows.append([log.head["seed"], len(log.steps), *row_of(log), f"{log.head['seconds'] / 60:.1f}"])
+    lines = [table(["seed", "steps", *COLUMNS, "minutes"], rows), ""]
+    for name, title in (("rewards", "Reward"), ("gold", "Gold")):
+        before = base("test")
+        gains = np.stack([gain(log, name) for log in logs])
+        level = np.mean([getattr(log, name).mean() for log in logs])
+        lines.append(f"- **{title}**: {getattr(before, name).mean():.2f} before, {level:.2f} after, gain {spread(two_level_interval(gains))}; "
+                     f"seeds with a gain: {(gains.mean(1) > 0).sum()} of {len(logs)}.")  # fmt: skip
+    before = base("test")
+    rewards = before.by_prompt(before.rewards)
+    for n in (4, 8, 16):
+        if n > rewards.shape[1]:
+            continue
+        for name, title in (("rewards", "reward"), ("gold", "gold")):
+            best = chosen_of(rewards, before.by_prompt(getattr(before, name)), n)
+            apart = np.stack([log.by_prompt(getattr(log, name)).mean(1) - best for log in logs])
+            mean, (low, high) = two_level_interval(apart)
+            verdict = "more than" if low > 0 else "less than" if high < 0 else "a tie with"
+            lines.append(f"- In {title} {verdict} best of {n}: {spread((mean, (low, high)))}.")
+    lines.append(f"- {len(logs)} of 10 seeds are made.")
+    return "\n".join(lines)
+
+
+def compared(experiment):
+    """An experiment of several conditions: means over its seeds, and the gain's interval over seeds and prompts."""
+    found = {}
+    for log in logs_of(experiment):
+        found.setdefault(log.head["condition"], []).append(log)
+    if not found:
+        return NONE_YET
+    rows = []
+    for condition, logs in found.items():
+        gains = {name: np.stack([gain(log, name) for log in logs]) for name in ("rewards", "gold")}
+        rows.append([condition, len(logs), *(spread(two_level_interval(g)) for g in gains.values()),
+                     " ".join(f"{log.kl:.1f}" for log in logs), f"{np.mean([log.whole for log in logs]):.0%}"])  # fmt: skip
+    return table(["condition", "seeds", "reward gained", "gold gained", "KL of each", "whole"], rows)
+
+
+def still_to_make():
+    """What is listed and has no log."""
+    rows = []
+    for name in EXPERIMENTS:
+        left = missing(name)
+        if left:
+            rows.append([name, f"{len(left)} of {len(EXPERIMENTS[name])}", f"{sum(run.minutes for run in left):.0f}"])
+    return table(["experiment", "runs missing", "minutes, about"], rows) if rows else "Nothing: every run is made."
+
+
+BLOCKS = dict(best_of_n=best_of_n, recipes=recipes, headline=headline, still_to_make=still_to_make)
+BLOCKS |= {name: (lambda name=name: compared(name)) for name in EXPERIMENTS if name not in ("base", "recipes", "headline")}
+
+
+def filled(page):
+    """The page with every block made again."""
+    def fill(match):
+        return f"<!-- {match[1]} -->\n{BLOCKS[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", fill, page, flags=re.DOTALL)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    page = PAGE.read_text(encoding="utf-8")
+    made = filled(page)
+    if options.check:
+        return int(made != page)
+    PAGE.write_text(made, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
