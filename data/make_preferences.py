@@ -26,7 +26,7 @@ from rlhf_helpers.data import load_prompts, read_jsonl, save_jsonl
 
 GAP, BATCH = 0.75, 48
 SPLITS = {  # name: (responses a prompt, own pairs a prompt at most, noisy labels, seed, file of pairs)
-    "train": (10, 2, True, 0, "pairwise_prefs_part_1"),
+    "train": (10, 3, True, 0, "pairwise_prefs_part_1"),
     "heldout": (8, 3, False, 11, "pairwise_prefs_heldout"),
     "test": (8, 3, False, 2, "pairwise_prefs_test"),
 }

@@ -22,6 +22,13 @@ def device_and_dtype():
     return torch.device("cuda", card), torch.bfloat16 if native_bf16 else torch.float16
 
 
+def has_fast_bf16():
+    """Whether this is a CPU that multiplies bf16 numbers itself (AVX512-BF16), about twice as fast as fp32."""
+    import torch
+
+    return not torch.cuda.is_available() and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+
+
 def peak_megabytes():
     """The most RAM that this process has held, in MB; nan where the system does not say. A child's ru_maxrss begins at what its
     parent held, so on Linux the kernel is asked for this process alone."""
