@@ -82,7 +82,9 @@ def make(run):
     trainer.train(load_prompts(project_root() / CPU.prompts), reward_of(run), steps=run.steps or CPU.steps, on_step=note)
     seconds = time.perf_counter() - started
     after = evaluated(trainer, run.split, run.samples)
-    head = dict(experiment=run.experiment, condition=run.condition, seed=run.seed, config=vars(config), seconds=round(seconds, 1))
+    head = dict(
+        experiment=run.experiment, condition=run.condition, seed=run.seed, config=vars(config), seconds=round(seconds, 1)
+    )
     write_log(log_file(run), head | dict(advantages=run.advantages or "gae", reward=run.reward), steps, after)
 
 

@@ -8,10 +8,10 @@ import pytest
 import rlhf_helpers
 
 FLOORS = {
-    0: ("config", "errors", "data", "ppo", "assets", "quirks", "interrupts", "progress", "files", "course.gold"),
+    0: ("config", "errors", "data", "ppo", "assets", "quirks", "interrupts", "progress", "files", "intervals", "course.gold"),
     1: ("machine", "models", "sampling", "fast"),
-    2: ("reward", "rollout", "stats", "checkpoint", "memory", "course.grading", "parts", "pairwise"),
-    3: ("trainer", "evaluation", "run", "doctor", "course.plots", "course.exercises"),
+    2: ("reward", "rollout", "stats", "checkpoint", "memory", "course.grading", "course.experiments", "parts", "pairwise"),
+    3: ("trainer", "evaluation", "run", "doctor", "advantages", "course.plots", "course.exercises", "course.runs"),
     4: ("__main__", "trl_bridge", "course.two_processes"),
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}

@@ -11,15 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-
 from rlhf_helpers.course.experiments import EXPERIMENTS, missing
 from rlhf_helpers.course.gold import gold_parts
 from rlhf_helpers.course.runs import logs_of
 from rlhf_helpers.evaluation import chosen_of
 from rlhf_helpers.intervals import mean_interval, two_level_interval
 
+HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "experiments.md"
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 NONE_YET = "*Not made yet.*"
@@ -88,7 +86,11 @@ def recipes():
     """Every recipe that was tried on dev prompts."""
     rows = [["untrained", "", "", *base_row("dev"), "", "", ""]] if base("dev") else []
     for log in logs_of("recipes") if base("dev") else []:
-        acts = [f"{log.course_of('clipped').mean():.1%}", f"{log.course_of('ratio').mean():.3f}", signed(np.nanmean(log.course_of("explained")))]
+        acts = [
+            f"{log.course_of('clipped').mean():.1%}",
+            f"{log.course_of('ratio').mean():.3f}",
+            signed(np.nanmean(log.course_of("explained"))),
+        ]
         rows.append([log.head["condition"], log.head["seed"], len(log.steps), *row_of(log), *acts])
     return table(["recipe", "seed", "steps", *COLUMNS, "clipped", "ratio from 1", "value explains"], rows) if rows else NONE_YET
 
@@ -154,6 +156,7 @@ BLOCKS |= {name: (lambda name=name: compared(name)) for name in EXPERIMENTS if n
 
 def filled(page):
     """The page with every block made again."""
+
     def fill(match):
         return f"<!-- {match[1]} -->\n{BLOCKS[match[1]]()}\n<!-- end -->"
 

@@ -504,7 +504,7 @@ FINE_OPTIONS = [
     ["--kl_budget", "none"],
     ["--lam", "1"],
     ["--fresh"],
-    ["--ppo_epochs", "2"],
+    ["--ppo_epochs", "3"],
 ]
 
 

@@ -44,9 +44,10 @@ RECIPES = {  # tried on dev prompts before the profile was frozen, in this order
         settings=dict(learning_rate=1e-3, ppo_epochs=2, gradient_accumulation_steps=1, kl_budget=None), steps=24
     ),
     "e1_lr2e-3": dict(settings=dict(learning_rate=2e-3, kl_budget=None), steps=32),
+    "e2_lr1e-3": dict(settings=dict(learning_rate=1e-3, ppo_epochs=2, kl_budget=None), steps=24),
 }
 
 EXPERIMENTS = {
-    "base": [Run("base", "dev", 0, samples=64, minutes=12), Run("base", "test", 0, samples=64, minutes=24)],
+    "base": [Run("base", "dev", 0, split="dev", samples=16, minutes=3), Run("base", "test", 0, samples=16, minutes=6)],
     "recipes": each("recipes", RECIPES, [100], split="dev", samples=2),
 }

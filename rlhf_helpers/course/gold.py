@@ -52,7 +52,9 @@ FUNCTION_WORDS = frozenset(
     """.split()
 )
 
-AUXILIARIES = frozenset("am are be been can could did do does had has have is may might must should was were will would".split())
+AUXILIARIES = frozenset(
+    "am are be been can could did do does had has have is may might must should was were will would".split()
+)
 
 # Verbs that sentences of a small model have, in forms that are hardly anything else, and contractions with one.
 VERBS = AUXILIARIES | frozenset(
@@ -94,7 +96,9 @@ JOINTS = [(left.split(), frozenset(right.split()) | more) for left, right, more 
     ("he i she they we", ". a an from in of the to with", frozenset()),
     ("very", ".", frozenset()),
 ]]  # fmt: skip
-IMPOSSIBLE = {left: frozenset().union(*(right for lefts, right in JOINTS if left in lefts)) for lefts, _ in JOINTS for left in lefts}
+IMPOSSIBLE = {
+    left: frozenset().union(*(right for lefts, right in JOINTS if left in lefts)) for lefts, _ in JOINTS for left in lefts
+}
 
 
 def words(text):

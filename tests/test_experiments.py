@@ -1,0 +1,93 @@
+"""The experiments: their logs, what is missing, and that the page says what the logs say."""
+
+import json
+
+import numpy as np
+import pytest
+
+from rlhf_helpers.advantages import ADVANTAGES
+from rlhf_helpers.config import CPU
+from rlhf_helpers.course import experiments, runs
+from rlhf_helpers.course.gold import gold_reward
+from rlhf_helpers.data import load_prompts
+from tools import experiments as page
+
+STEP = dict(kl=0.5, explained=None, prompts=["What is tea?"], texts=["Tea is a drink."], scores=[0.25], kls=[0.5])
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A project with two dev prompts."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "prompts_heldout.jsonl").write_text('{"prompt": "What is tea?"}\n{"prompt": "What is rain?"}\n')
+    monkeypatch.setenv("RLHF_HOME", str(tmp_path))
+    return tmp_path
+
+
+def after(responses, rewards):
+    return dict(split="dev", responses=responses, rewards=rewards, kl=[1.0, 3.0] * (len(responses) // 2))
+
+
+def test_a_log_keeps_every_text_and_judges_it_when_it_is_read(home):
+    run = experiments.Run("recipes", "one", 100)
+    texts = ["Tea is a warm drink.", "Rain is wet."]
+    runs.write_log(experiments.log_file(run), dict(condition="one", seed=100), [STEP, STEP], after(texts, [1.0, 0.0]))
+    (log,) = runs.logs_of("recipes", "one")
+    assert log.judged == ["What is tea?", "What is rain?"] and log.kl == 2.0 and log.whole == 1.0
+    assert log.gold.tolist() == [gold_reward(prompt, text) for prompt, text in zip(log.judged, texts)] == [2.5, 1.5]
+    assert log.course_of("gold").tolist() == [1.5, 1.5] and log.course_of("score").tolist() == [0.25, 0.25]
+    assert np.isnan(log.course_of("explained")).all() and log.course_of("kl").tolist() == [0.5, 0.5]
+
+
+def test_the_same_log_is_the_same_file(home):
+    for name in ("a", "b"):
+        runs.write_log(home / f"{name}.jsonl.gz", dict(seed=1), [STEP], after(["x", "y"], [0.0, 0.0]))
+    assert (home / "a.jsonl.gz").read_bytes() == (home / "b.jsonl.gz").read_bytes()
+
+
+def test_a_run_is_missing_until_its_log_is_there(home, monkeypatch):
+    some = [experiments.Run("headline", "frozen", seed) for seed in (0, 1)]
+    monkeypatch.setitem(experiments.EXPERIMENTS, "headline", some)
+    assert experiments.missing("headline") == some
+    runs.write_log(experiments.log_file(some[0]), dict(seed=0), [], after(["x", "y"], [0.0, 0.0]))
+    assert experiments.missing("headline") == some[1:]
+
+
+def test_every_run_has_settings_that_exist_and_a_name_of_its_own():
+    every = [run for some in experiments.EXPERIMENTS.values() for run in some]
+    assert len({run.name for run in every}) == len(every)
+    for run in every:
+        CPU.ppo_config(**run.settings, seed=run.seed)
+        assert run.advantages is None or run.advantages in ADVANTAGES
+        assert run.split == "test" or run.seed >= 100 or run.experiment == "base"  # dev is for choosing: seeds from 100
+        assert run.split == "dev" or run.seed < 100
+
+
+def test_gains_are_against_the_untrained_model_prompt_by_prompt(home):
+    head = dict(condition="dev", seed=0)
+    runs.write_log(
+        experiments.log_file(experiments.Run("base", "dev", 0)), head, [], after(["a", "b", "c", "d"], [0.0, 1.0, 2.0, 4.0])
+    )
+    log = runs.Log({}, [], after(["a", "b"], [1.0, 5.0]))
+    assert page.gain(log, "rewards").tolist() == [0.5, 2.0]
+
+
+def test_the_page_says_what_the_logs_say():
+    """`python tools/experiments.py` writes it."""
+    text = page.PAGE.read_text(encoding="utf-8")
+    assert page.filled(text) == text
+
+
+def test_the_logs_are_small_enough_for_a_repository():
+    files = list((page.HERE.parent / "data" / "runs").rglob("*"))
+    assert sum(file.stat().st_size for file in files if file.is_file()) < 15e6
+
+
+def test_logs_of_the_course_are_of_its_prompts_and_whole():
+    for name in experiments.EXPERIMENTS:
+        for log in runs.logs_of(name):
+            prompts = load_prompts(page.HERE.parent / runs.SPLITS[log.after["split"]])
+            assert len(log.after["responses"]) == len(log.after["rewards"]) == len(log.after["kl"])
+            assert len(log.after["responses"]) % len(prompts) == 0, log.head
+            json.dumps(log.steps, allow_nan=False)
+            assert max((row["sampler_max_diff"] for row in log.steps), default=0.0) == 0.0  # on-policy to the last bit
