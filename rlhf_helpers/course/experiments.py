@@ -45,9 +45,41 @@ RECIPES = {  # tried on dev prompts before the profile was frozen, in this order
     ),
     "e1_lr2e-3": dict(settings=dict(learning_rate=2e-3, kl_budget=None), steps=32),
     "e2_lr1e-3": dict(settings=dict(learning_rate=1e-3, ppo_epochs=2, kl_budget=None), steps=24),
+    "e2_halves_lr1e-3_price.1": dict(
+        settings=dict(learning_rate=1e-3, ppo_epochs=2, gradient_accumulation_steps=1, init_kl_coef=0.1, kl_budget=None), steps=24
+    ),
+}
+
+PRICES = {
+    f"price_{price:g}_lr_{rate:g}": dict(settings=dict(init_kl_coef=price, learning_rate=rate, kl_budget=None))
+    for rate in (5e-4, 1e-3)
+    for price in (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
+}
+
+FOUR = dict(num_generations=4)
+ADVANTAGES = {  # where the advantage comes from
+    "value_head": {},
+    "value_head_four_answers": dict(settings=FOUR),
+    "batch_mean": dict(advantages="batch_mean"),
+    "leave_one_out": dict(settings=FOUR, advantages="leave_one_out"),
+    "group_mean": dict(settings=FOUR, advantages="group_mean"),
+    "group_normalised": dict(settings=FOUR, advantages="group_normalised"),
+}
+
+CHANGES = {  # one at a time
+    "one_epoch": dict(settings=dict(ppo_epochs=1)),
+    "four_epochs": dict(settings=dict(ppo_epochs=4), minutes=10),
+    "four_epochs_without_clipping": dict(settings=dict(ppo_epochs=4, cliprange=1e6), minutes=10),
+    "lambda_0.95": dict(settings=dict(lam=0.95)),
+    "temperature_1": dict(settings=dict(temperature=1.0)),
 }
 
 EXPERIMENTS = {
     "base": [Run("base", "dev", 0, split="dev", samples=16, minutes=3), Run("base", "test", 0, samples=16, minutes=6)],
-    "recipes": each("recipes", RECIPES, [100], split="dev", samples=2),
+    "recipes": each("recipes", RECIPES, [100], split="dev"),
+    "headline": each("headline", {"frozen": {}}, range(10)),
+    "placebo": each("placebo", {"random_scores": dict(reward="random")}, range(3)),
+    "prices": each("prices", PRICES, range(3)),
+    "advantages": each("advantages", ADVANTAGES, range(5)),
+    "changes": each("changes", CHANGES, range(3)),
 }
