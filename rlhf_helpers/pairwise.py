@@ -43,10 +43,12 @@ class ShowProgress(TrainerCallback):
 
 
 class PairwiseTrainer(Trainer):
-    """transformers' Trainer with pairwise_loss. A batch holds the chosen texts first, then the rejected ones."""
+    """transformers' Trainer with pairwise_loss. A batch holds the chosen texts first, then the rejected ones. On a CPU that can,
+    products are taken in bf16, weights and loss in fp32. (Trainer's own `bf16` would set it for every Accelerator to come.)"""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        logits = model(**inputs).logits
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bf16()):
+            logits = model(**inputs).logits.float()
         scores = logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
         chosen, rejected = scores.chunk(2)
         loss = pairwise_loss(chosen, rejected)
@@ -86,7 +88,6 @@ def train_reward_model(pairs, folder, encoder="minilm-l6-v2", num_labels=1, epoc
         seed=seed,
         dataloader_drop_last=True,
         dataloader_pin_memory=False,  # the batch is on the device already
-        **dict(use_cpu=True, bf16=True) if has_fast_bf16() else {},  # products in bf16, weights and loss in fp32: half the time
     )
     trainer = PairwiseTrainer(model, arguments, train_dataset=pairs, data_collator=collate)
     trainer.remove_callback(PrinterCallback)

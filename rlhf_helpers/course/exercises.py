@@ -232,20 +232,20 @@ def check_gets_gradient(answer):
 # ---------------------------------------------------------------- 05 the training loop
 
 
-def check_four_updates(answer):
-    """A PPOConfig with 16 responses a step and four optimizer steps a PPO step."""
+def check_eight_updates(answer):
+    """A PPOConfig with 16 responses a step and eight optimizer steps a PPO step."""
     if wrong := not_a_config(answer):
         return say(False, wrong)
     group = answer.mini_batch_size * answer.gradient_accumulation_steps
     updates = answer.ppo_epochs * answer.batch_size // group
     if answer.batch_size != 16:
         return say(False, f"batch_size is {answer.batch_size}; it must stay 16")
-    if updates == 4:
-        return say(True, f"{answer.ppo_epochs} epochs x 16 responses / {group} for each optimizer step = 4")
+    if updates == 8:
+        return say(True, f"{answer.ppo_epochs} epochs x 16 responses / {group} for each optimizer step = 8")
     hint = ""
-    if answer.gradient_accumulation_steps > 1 and answer.ppo_epochs * 16 // answer.mini_batch_size == 4:
+    if answer.gradient_accumulation_steps > 1 and answer.ppo_epochs * 16 // answer.mini_batch_size == 8:
         hint = "; gradient accumulation joins minibatches into one optimizer step, so it makes them fewer"
-    elif updates > 4:
+    elif updates > 8:
         hint = "; epochs and minibatches multiply"
     say(False, f"that makes {updates} optimizer step{'s' * (updates != 1)}{hint}")
 
@@ -309,13 +309,13 @@ def check_share_of_four(answer):
         total = f"with four processes that makes {4 * answer.batch_size} responses"
         return say(False, f"batch_size is {answer.batch_size}, and {total}: it is counted per process")
     group = answer.mini_batch_size * answer.gradient_accumulation_steps
-    if group != 4:
-        return say(False, f"that makes {4 // group} optimizer steps from one pass over a batch; the profile makes one from all 16 responses")
+    if group != 2:
+        return say(False, f"that makes {4 / group:g} optimizer steps from one pass over a batch; the profile makes two, of 8 responses each")
     for name, value in vars(CPU.ppo_config()).items():
         if name not in ("batch_size", "mini_batch_size", "gradient_accumulation_steps") and getattr(answer, name) != value:
             hint = "gradients are averaged, not added: the update is the same, and so is its rate" if "learning_rate" in name else "leave it"
             return say(False, f"{name} is {getattr(answer, name)!r}, in the profile {value!r}: {hint}")
-    say(True, "4 responses on each of 4 processes, one optimizer step a pass, all else as it was")
+    say(True, "4 responses on each of 4 processes, two optimizer steps a pass, all else as it was")
 
 
 def check_mean_of_all(answer):
