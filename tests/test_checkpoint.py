@@ -331,7 +331,7 @@ def test_a_load_that_fails_at_the_last_moment_puts_everything_back(saved, other,
 
 
 OTHERS = dict(batch_size=8, mini_batch_size=4, gradient_accumulation_steps=2, ppo_epochs=3, kl_penalty="abs", seed=1,
-              gamma=0.9, lam=0.5, max_new_tokens=9)  # fmt: skip
+              gamma=0.9, lam=0.5, max_new_tokens=9, system="t9", num_generations=2)  # fmt: skip
 
 
 def other_value(field, value):

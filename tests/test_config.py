@@ -90,7 +90,7 @@ OTHER_TYPES = ["0.5", "false", True, np.float64(0.5), np.int64(1), np.float32(0.
 
 @pytest.mark.parametrize("field", PPO_FIELDS, ids=lambda field: field.name)
 def test_a_value_of_another_type_is_refused_with_the_field_s_name(field):
-    right = {"log_with": str}.get(field.name, bool if type(field.default) is bool else None)
+    right = {"log_with": str, "system": str}.get(field.name, bool if type(field.default) is bool else None)
     for value in (value for value in OTHER_TYPES if type(value) is not right):
         with pytest.raises(InputError, match=f"^PPOConfig.{field.name} is .*; expected "):
             PPOConfig(**{field.name: value})

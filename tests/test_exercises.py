@@ -70,7 +70,7 @@ WRONG = {
         ("lambda A, ratio, eps: (ratio > 1 - eps) & (ratio < 1 + eps)", "works in one direction"),
         ("lambda A, ratio, eps: torch.where(A > 0, ratio > 1 - eps, ratio < 1 + eps)", "sides are swapped"),
     ],
-    "check_four_updates": [
+    "check_eight_updates": [
         ("CPU.ppo_config(mini_batch_size=4, gradient_accumulation_steps=2)", "gradient accumulation joins minibatches"),
         ("CPU.ppo_config(ppo_epochs=4, mini_batch_size=4, gradient_accumulation_steps=1)", "epochs and minibatches multiply"),
         ("CPU.ppo_config(batch_size=64, mini_batch_size=16, gradient_accumulation_steps=1)", "must stay 16"),

@@ -200,10 +200,10 @@ def test_pad_must_not_be_eos_because_trl_masks_by_id(tmp_path):
 
 @needs_trl
 def test_the_settings_correspond(tmp_path):
-    config = CPU.ppo_config(missing_eos_penalty=1.0)
+    config = CPU.ppo_config(gradient_accumulation_steps=2, missing_eos_penalty=1.0)
     args = trl_arguments(config, 7, tmp_path)
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps, args.num_mini_batches) == (8, 2, 1)
-    assert (args.total_episodes, args.response_length, args.kl_coef, args.temperature) == (7 * 16, 50, 0.05, 0.7)
+    assert (args.total_episodes, args.response_length, args.kl_coef, args.temperature) == (7 * 16, 64, 0.1, 0.7)
     for name in ("gamma", "lam", "cliprange", "cliprange_value", "vf_coef", "learning_rate", "seed", "missing_eos_penalty"):
         assert getattr(args, name) == getattr(config, name)
     args = trl_arguments(CPU.ppo_config(mini_batch_size=4, gradient_accumulation_steps=1), 7, tmp_path)
@@ -214,7 +214,7 @@ def test_the_settings_correspond(tmp_path):
     (dict(adap_kl_ctrl=True), "adap_kl_ctrl = True; expected False"),
     (dict(kl_penalty="full"), "kl_penalty = 'full'; expected 'kl'"),
     (dict(score_clip=2.0), "score_clip = 2.0; expected None"),
-    (dict(mini_batch_size=4), "one optimizer step an epoch"),
+    (dict(mini_batch_size=4, gradient_accumulation_steps=2), "one optimizer step an epoch"),
 ])  # fmt: skip
 def test_what_trl_cannot_do_is_refused_in_a_sentence(setting, words, tmp_path):
     with pytest.raises(ValueError, match=words):
