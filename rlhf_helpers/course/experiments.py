@@ -46,7 +46,8 @@ RECIPES = {  # tried on dev prompts before the profile was frozen, in this order
     "e1_lr2e-3": dict(settings=dict(learning_rate=2e-3, kl_budget=None), steps=32),
     "e2_lr1e-3": dict(settings=dict(learning_rate=1e-3, ppo_epochs=2, kl_budget=None), steps=24),
     "e2_halves_lr1e-3_price.1": dict(
-        settings=dict(learning_rate=1e-3, ppo_epochs=2, gradient_accumulation_steps=1, init_kl_coef=0.1, kl_budget=None), steps=24
+        settings=dict(learning_rate=1e-3, ppo_epochs=2, gradient_accumulation_steps=1, init_kl_coef=0.1, kl_budget=None),
+        steps=24,
     ),
 }
 
