@@ -21,9 +21,9 @@ sys.path.insert(0, str(HERE.parent))
 
 import torch
 
-from rlhf_helpers.config import CPU, HELDOUT_FILE, TEST_FILE, project_root
+from rlhf_helpers.config import CPU, project_root
 from rlhf_helpers.course.experiments import EXPERIMENTS, Run, log_file, missing
-from rlhf_helpers.course.runs import write_log
+from rlhf_helpers.course.runs import SPLITS, write_log
 from rlhf_helpers.data import load_prompts
 
 KEPT = {  # of the stats, under short names
@@ -44,13 +44,12 @@ def reward_of(run):
     return ensure_reward_model()
 
 
-def evaluated(trainer, split, samples):
-    """What the policy writes to the prompts of a split, with scores and KL."""
+def evaluated(trainer, split, samples, **options):
+    """What the policy writes to the prompts of a split, with scores and KL; `options` of `evaluate`."""
     from rlhf_helpers.evaluation import evaluate
     from rlhf_helpers.reward import ensure_reward_model
 
-    file = dict(dev=HELDOUT_FILE, test=TEST_FILE)[split]
-    found = evaluate(trainer, load_prompts(project_root() / file), ensure_reward_model(), samples=samples)
+    found = evaluate(trainer, load_prompts(project_root() / SPLITS[split]), ensure_reward_model(), samples, **options)
     return dict(split=split, responses=found.responses, rewards=found.rewards.tolist(), kl=found.kl.tolist())
 
 
@@ -91,19 +90,11 @@ def make(run):
 def make_base(split, samples):
     """Base samples to the prompts of a split: what every run is compared with, and what best of n chooses from."""
     from rlhf_helpers.models import load_policy
-    from rlhf_helpers.reward import ensure_reward_model
     from rlhf_helpers.trainer import PPOTrainer
 
     policy, tokenizer = load_policy(CPU)
     trainer = PPOTrainer(CPU.ppo_config(), policy, tokenizer=tokenizer)
-    prompts = load_prompts(project_root() / dict(dev=HELDOUT_FILE, test=TEST_FILE)[split])
-    jobs, texts, generator = [p for p in prompts for _ in range(samples)], [], torch.Generator().manual_seed(4321)
-    for start in range(0, len(jobs), 64):
-        _, queries = trainer.encode(jobs[start : start + 64])
-        texts += trainer.decode(trainer.generate(queries, reference=True, generator=generator))
-        print(f"base samples, {split}: {len(texts)} of {len(jobs)}", flush=True)
-    rewards = ensure_reward_model()(jobs, texts).tolist()
-    after = dict(split=split, responses=texts, rewards=[float(f"{r:.4g}") for r in rewards], kl=[0.0] * len(texts))
+    after = evaluated(trainer, split, samples, seed=4321, batch_size=64, reference=True)
     write_log(log_file(Run("base", split, 0)), dict(experiment="base", condition=split, seed=0, samples=samples), [], after)
 
 

@@ -46,8 +46,7 @@ class Evaluation:
 
     def first(self, count):
         """The same with the first `count` answers to each prompt."""
-        rows = [i for i in range(len(self.prompts)) if i % self.samples < count]
-        return Evaluation.of_records([record for i, record in enumerate(self.records()) if i in set(rows)])
+        return Evaluation.of_records([record for i, record in enumerate(self.records()) if i % self.samples < count])
 
     def records(self):
         """One dict a sample, for a JSONL file."""
@@ -157,10 +156,11 @@ def summarize(before, after, history, seconds):
 
 def report(summary, samples, output):
     """The last screen of a run; a number that is None, or that an older summary lacks, is a question mark."""
-    n = lambda name, form="+.2f": "?" if summary.get(name) is None else format(summary[name], form)
+    shown = lambda value, form="+.2f": "?" if value is None else format(value, form)
+    n = lambda name, form="+.2f": shown(summary.get(name), form)
     print(f"\nheld-out prompts, before -> after {summary['steps']} PPO steps (gain: 95 % interval, bootstrap over prompts)")
     for name in ("reward", "gold"):
-        low, high = (format(x, "+.2f") for x in summary[f"heldout_{name}_gain_ci95"])
+        low, high = map(shown, summary[f"heldout_{name}_gain_ci95"])
         best = f"best of {n('best_of', 'd')} without training {n(f'best_of_{name}')}"
         print(f"  {name:7s} {n(f'heldout_{name}_before')} -> {n(f'heldout_{name}_after')}   "
               f"gain {n(f'heldout_{name}_gain')} ({low} to {high})   {best}")  # fmt: skip
@@ -171,7 +171,7 @@ def report(summary, samples, output):
     print(f"  {summary['ppo_seconds'] / 60:.1f} minutes of PPO, {summary['seconds'] / 60:.1f} in all, "
           f"peak memory {n('peak_rss_mb', '.0f')} MB\n")  # fmt: skip
     for sample in samples[:: max(1, len(samples) // 3)][:3]:
-        print(f"{sample['prompt']}\n  before ({sample['reward_before']:+.2f}): {' '.join(sample['before'].split())}")
-        print(f"  after  ({sample['reward']:+.2f}): {' '.join(sample['response'].split())}\n")
+        print(f"{sample['prompt']}\n  before ({shown(sample['reward_before'])}): {' '.join(sample['before'].split())}")
+        print(f"  after  ({shown(sample['reward'])}): {' '.join(sample['response'].split())}\n")
     print(f"figure  {output / 'curves.png'}\nlog     {output / 'history.jsonl'}")
     print(f"adapter {output / 'checkpoint'}\nsummary {output / 'summary.json'}")

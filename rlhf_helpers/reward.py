@@ -40,7 +40,7 @@ class RewardModel:
     (B,) float tensor.
 
     One label: the score is its logit. Two: the softmax probability of label 1. It is then standardised: (raw - mean) / std,
-    with mean and std measured on samples of the base policy, so that one unit is a deviation of the untrained model.
+    with mean and std measured on what the base policy wrote (our own: on the responses in its training pairs).
 
     `max_length` is in tokens, and never more than the model has positions."""
 

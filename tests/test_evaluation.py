@@ -146,12 +146,14 @@ def test_a_summary_says_how_far_sampler_and_trainer_were_apart():
 
 
 def test_numbers_that_are_none_are_null_in_the_summary_and_a_question_mark_on_the_screen(capsys):
-    summary = summarize(samples([0.5]), samples([1.0], kl=math.nan), [], seconds=60.0) | dict(steps=1)
+    summary = summarize(samples([math.nan]), samples([1.0], kl=math.nan), [], seconds=60.0) | dict(steps=1)
     assert summary["base_reward_std"] is None and summary["mean_kl"] is None and summary["sampler_kl"] is None
+    assert summary["heldout_reward_gain"] is None and summary["heldout_reward_gain_ci95"] == [None, None]
     json.dumps(summary, allow_nan=False)
-    row = dict(prompt="p", before="a", response="b", reward_before=0.5, reward=1.0)
+    row = dict(prompt="p", before="a", response="b", reward_before=None, reward=1.0)
     report(summary, [row], Path("run"))
     out = capsys.readouterr().out
+    assert "gain ? (? to ?)" in out and "before (?): a" in out
     assert "KL ? nats a response" in out and "sampler and trainer differ by ? nats (largest token ?)" in out
 
 

@@ -134,10 +134,12 @@ def test_what_cannot_stand_together_is_named():
 
 
 def test_the_rule_agrees_with_a_careful_reading_of_ten_pairs_in_nine():
+    """The ten are the first of the second draw; data/README.md says how all were judged."""
     pairs = read_jsonl(DATA / "read_pairs.jsonl", ("prompt", "first", "second", "reader"))
     gold = [[gold_reward(pair["prompt"], pair[side]) for side in ("first", "second")] for pair in pairs]
     agree = [(first > second) == (pair["reader"] == "first") for pair, (first, second) in zip(pairs, gold)]
-    assert len(agree) == 10 and sum(agree) >= 9
+    assert sum(agree[:10]) == 9
+    assert [sum(yes for yes, pair in zip(agree, pairs) if pair["draw"] == draw) for draw in (2, 1)] == [27, 33]
 
 
 @pytest.mark.parametrize("text", ["", "word", "!?"])

@@ -117,9 +117,8 @@ def test_only_the_last_evaluation_of_an_experiment_opens_the_test_prompts():
     """Recipes that were tuned on them would be judged by what they were tuned on."""
     may = {
         "data/make_preferences.py",  # samples base answers to them, for the pairs that judge the reward model
-        "data/make_runs.py",  # the last evaluation of a run
         "rlhf_helpers/config.py",  # names the file
-        "rlhf_helpers/course/runs.py",  # reads what was written to them
+        "rlhf_helpers/course/runs.py",  # names it for the last evaluation of a run, and for reading what was written
         "tests/test_gold.py",
         "tests/test_setup.py",
     }

@@ -52,7 +52,7 @@ def row_of(log):
     """What every table says of a run."""
     parts = [gold_parts(prompt, text) for prompt, text in zip(log.judged, log.after["responses"])]
     share = lambda name: f"{np.mean([part[name] for part in parts]):.0%}"
-    return [signed(gain(log, "rewards").mean()), signed(gain(log, "gold").mean()), f"{log.kl:.1f}", f"{log.whole:.0%}",
+    return [*(spread(mean_interval(gain(log, name))) for name in ("rewards", "gold")), f"{log.kl:.1f}", f"{log.whole:.0%}",
             share("on_subject"), f"{np.mean([part['warmth'] for part in parts]):.2f}", f"{log.distinct2:.2f}"]  # fmt: skip
 
 
@@ -69,9 +69,9 @@ def base_row(split):
 # ---------------------------------------------------------------- the blocks of the page
 
 
-def best_of_n():
-    """Best of n on the test prompts: no training, n samples an answer."""
-    log = base("test")
+def best_of_n(split="test"):
+    """Best of n on the prompts of a split: no training, n samples an answer."""
+    log = base(split)
     if log is None:
         return NONE_YET
     rewards, gold, rows = log.by_prompt(log.rewards), log.by_prompt(log.gold), []
@@ -150,7 +150,9 @@ def still_to_make():
     return table(["experiment", "runs missing", "minutes, about"], rows) if rows else "Nothing: every run is made."
 
 
-BLOCKS = dict(best_of_n=best_of_n, recipes=recipes, headline=headline, still_to_make=still_to_make)
+BLOCKS = dict(
+    best_of_n=best_of_n, best_of_n_dev=lambda: best_of_n("dev"), recipes=recipes, headline=headline, still_to_make=still_to_make
+)
 BLOCKS |= {name: (lambda name=name: compared(name)) for name in EXPERIMENTS if name not in ("base", "recipes", "headline")}
 
 
