@@ -105,7 +105,8 @@ def word_tokenizer(vocabulary):
 def make_policy(options, dtype=None):
     """(policy, tokenizer): the random model under the adapters, value head and checkpointing of `load_policy(GPU)`."""
     device, native = device_and_dtype()
-    lm = random_nf4(mistral(options.layers, options.hidden), device, dtype or native)
+    dtype = dtype or (getattr(torch, options.dtype) if options.dtype else native)
+    lm = random_nf4(mistral(options.layers, options.hidden), device, dtype)
     profile = replace(GPU, gradient_checkpointing=not options.no_checkpointing)
     return loading.with_adapters(lm, profile), word_tokenizer(lm.config.vocab_size)
 
@@ -226,7 +227,27 @@ def measure(policy, tokenizer, settings, options):
             above < parts["linear layers"]
         )
     computed = peak(memory_by_part(policy.config, config.batch_size, config.mini_batch_size, **sizes_of(options)))
-    return dict(parts=parts, phases=phases, seconds=seconds, computed_peak=computed, checks=checks)
+    sampling = dict(token=phases["sampling"]["seconds"] / options.new_tokens, reading=reading_seconds(policy, parts))
+    return dict(parts=parts, phases=phases, seconds=seconds, computed_peak=computed, checks=checks, sampling=sampling)
+
+
+def reading_seconds(policy, parts):
+    """What reading the weights that a token meets takes on this card, at the rate at which it copies: all but the embeddings, of
+    which a token needs a row. None without a card."""
+    if not torch.cuda.is_available():
+        return None
+    embeddings = held([policy.pretrained_model.get_input_embeddings().weight])
+    weights = parts["linear layers"] + parts["embeddings, head, norms"] - embeddings
+    source = torch.empty(10**9, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(4):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        target.copy_(source)  # reads and writes
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return weights / (2 * len(source) / min(seconds))
 
 
 def measure_trl(policy, tokenizer, settings, options):
@@ -258,6 +279,9 @@ def show(title, result):
         print(f"  {phase:24s} {memory}   {seen['seconds']:6.2f} s")
     print(f"  peak, computed           {result['computed_peak'] / GB:.2f} GB (goal for the full size: {GOALS[title]} GB)")
     print(f"  seconds a step           {result['seconds']:.2f}")
+    if result["sampling"]["reading"]:
+        token, reading = result["sampling"]["token"], result["sampling"]["reading"]
+        print(f"  a token of all responses {token * 1e3:.1f} ms; reading the 4-bit weights alone takes {reading * 1e3:.1f} ms")
     for line, holds in result["checks"].items():
         print(f"  {'ok' if holds else 'NO'}  {line}")
     return all(result["checks"].values())
@@ -298,6 +322,7 @@ def parse(arguments=None):
     parser.add_argument("--new-tokens", type=int, default=50)
     parser.add_argument("--steps", type=int, default=3, help="PPO steps per setting; the last one is timed")
     parser.add_argument("--no-checkpointing", action="store_true", help="keep all activations")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16"), help="computed in, by default what the card does natively")
     parser.add_argument("--cap", type=float, metavar="GB", help="use no more of the card than a card of this size has")
     parser.add_argument("--trl", action="store_true", help="TRL's PPOTrainer on the same work, too")
     parser.add_argument("--computed", action="store_true", help="the table by arithmetic, and nothing else")

@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from transformers import LlamaForCausalLM
+from transformers.cache_utils import Cache, StaticLayer
 
+from rlhf_helpers.models import last_hidden
 from rlhf_helpers.quirks import is_4bit_layer
 
 STACKS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
@@ -127,6 +129,16 @@ def rms(x, norm):
     return norm.weight * F.rms_norm(x, x.shape[-1:], None, norm.variance_epsilon)
 
 
+def causal_bias(attention, width, most, dtype):
+    """What is added to the attention's scores of the last `width` tokens, (B, 1, n, most): 0 where a token may look, else the least
+    number. The cache is looked at whole, also where nothing is written yet: those places get weight 0 exactly, and no shape ever
+    changes."""
+    seen = F.pad(attention.bool(), (0, most - attention.shape[1]))[:, None, None]
+    if width > 1:
+        seen = seen & torch.ones(width, most, dtype=torch.bool, device=seen.device).tril()
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+
+
 class Reader:
     """Reads tokens as `sampling.Plain` does, with a cache that is made once, for `most` tokens."""
 
@@ -151,7 +163,7 @@ class Reader:
         rotation = cos, torch.cat([-sin[..., : self.dim // 2], sin[..., self.dim // 2 :]], -1)
         if not self.length:
             self.make_cache(len(tokens), x)
-        bias = self.bias(attention, width, x.dtype)
+        bias = causal_bias(attention, width, self.most, x.dtype)
         for number, (layer, lora) in enumerate(zip(self.unpacked.layers, self.adapters)):
             qkv = product(rms(x, layer.norms[0]), layer.weights[0], lora[0])
             x = x + product(self.attend(number, qkv, rotation, bias), layer.weights[1], lora[1])
@@ -160,14 +172,6 @@ class Reader:
         self.length += width
         hidden = rms(x[:, -1:], lm.model.norm)
         return times(hidden, self.unpacked.head)[:, 0], hidden[:, 0]
-
-    def bias(self, attention, width, dtype):
-        """What is added to the attention's scores, (B, 1, n, all places): 0 where a token may look, else the least number. The cache
-        is looked at whole, also where nothing is written yet: those places get weight 0 exactly, and no shape ever changes."""
-        seen = F.pad(attention.bool(), (0, self.most - attention.shape[1]))[:, None, None]
-        if width > 1:
-            seen = seen & torch.ones(width, self.most, dtype=torch.bool).tril()
-        return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
 
     def make_cache(self, rows, like):
         shape = (len(self.unpacked.layers), rows, self.groups, self.most, self.dim)
@@ -191,6 +195,54 @@ class Reader:
         scores = torch.matmul(query, keys.transpose(2, 3)) * self.dim**-0.5 + bias
         out = torch.matmul(F.softmax(scores, -1, dtype=torch.float32).to(qkv.dtype), values)
         return out.view(rows, 1, -1) if width == 1 else out.transpose(1, 2).reshape(rows, width, -1)
+
+
+def can_graph(lm):
+    """Whether `Graphed` knows this model: a Llama, Mistral or Qwen on one CUDA card. (Others make masks or positions in ways that
+    do not fit.)"""
+    base = lm.get_base_model() if isinstance(lm, PeftModel) else lm
+    cards = set(map(str, getattr(base, "hf_device_map", {}).values()))
+    return base.config.model_type in ("llama", "mistral", "qwen2", "qwen3") and base.device.type == "cuda" and len(cards) < 2
+
+
+class Graphed:
+    """Reads tokens as `sampling.Plain` does, through the model itself, on a CUDA card. With transformers' static cache every token
+    after the prompt is the same work at the same addresses. So it is noted once, as a CUDA graph, and launched as one piece: for
+    a few rows the launches, more than a thousand a token, cost more than the work."""
+
+    least_rows = 1
+
+    def __init__(self, lm, most):
+        self.lm, self.most, self.graph, self.calls = lm, most, None, 0
+        self.cache = Cache(layers=[StaticLayer(most) for _ in range(lm.config.get_text_config().num_hidden_layers)])
+
+    def read(self, tokens, attention, positions):
+        """(logits (B, V), last hidden states (B, H)) at the last place; see `sampling.Plain`."""
+        last = torch.tensor([tokens.shape[1] - 1], device=tokens.device)
+        given = tokens, causal_bias(attention, tokens.shape[1], self.most, self.lm.dtype), positions, last
+        self.calls += 1
+        if self.calls <= 2:  # the prompt, and the first token as a rehearsal of the others
+            return self.forward(*given)
+        if self.graph is None:
+            self.inputs, self.graph = [tensor.clone() for tensor in given], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.outputs = self.forward(*self.inputs)
+        for ours, theirs in zip(self.inputs, given):
+            ours.copy_(theirs)
+        self.graph.replay()
+        return [output.clone() for output in self.outputs]
+
+    def forward(self, tokens, bias, positions, last):
+        with last_hidden(self.lm) as hidden:
+            logits = self.lm(
+                input_ids=tokens,
+                attention_mask=bias,
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=last,
+            ).logits
+        return logits[:, -1], hidden[-1][:, -1]
 
 
 class TokenLogprobs(torch.autograd.Function):

@@ -183,5 +183,9 @@ def reader_of(model, reference=None, unpacked=None):
     if isinstance(reference, torch.nn.Module):
         yield reference, None
         return
+    lm = model.pretrained_model
     with model.without_dropout(), model.adapters_off() if reference else contextlib.nullcontext():
-        yield model.pretrained_model, functools.partial(fast.Reader, unpacked, not reference) if unpacked else None
+        if unpacked:
+            yield lm, functools.partial(fast.Reader, unpacked, not reference)
+        else:
+            yield lm, functools.partial(fast.Graphed, lm) if fast.can_graph(lm) else None
