@@ -130,7 +130,7 @@ class PPOTrainer:
         `scores`: batch_size numbers. Returns the stats under TRL 0.11's keys. Bad input raises InputError before anything
         changes; RuntimeError if an adapter got no gradient."""
         clock, config = Clock(), self.config
-        skip = self.sampler_is_exact and config.kl_penalty != "full" and self._group_size() == config.batch_size
+        skip = self.sampler_is_exact and config.kl_penalty != "full"
         rollout = self.rollout = self._collect(queries, responses, scores, config.batch_size, self.total, clock, prompts, skip)
         updates = self._optimize(rollout)
         clock.lap("time/ppo/optimize_step")

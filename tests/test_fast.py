@@ -89,15 +89,22 @@ def test_a_step_is_the_same_whether_or_not_the_policy_scores_its_own_samples(nf4
     assert tiny.same(ends[0][0], ends[1][0]) and ends[0][1] == ends[1][1]
 
 
-def test_the_pass_is_made_where_the_first_update_does_not_see_every_response(nf4):
-    """Else the sampler would be believed without being compared."""
+def test_where_the_first_update_sees_half_of_the_responses_that_half_is_compared(nf4):
+    """The policy makes no pass before it at the second step; at the third, a sampler that is merely close is noticed."""
     trainer = bf16_trainer(nf4(b_scale=0.1), 8, 4)  # two optimizer steps an epoch
     passes = []
     score = trainer._score_tokens
     trainer._score_tokens = lambda rollout, rows, hidden=None: passes.append(hidden is None) or score(rollout, rows, hidden)
     for _ in range(2):
-        stepped(trainer, prompts(8))
-    assert passes == [True] * 4
+        _, stats = stepped(trainer, prompts(8))
+        assert stats["objective/sampler_kl"] == stats["objective/sampler_max_diff"] == 0
+    assert passes == [True] * 2 + [False] * 2
+    assert trainer.rollout.first_logprobs.isnan().all(1).sum() == 4
+    trainer.unpacked.layers[0].weights[3] = fast.in_layout(trainer.unpacked.layers[0].weights[3].to_dense() * 1.01)
+    _, stats = stepped(trainer, prompts(8))
+    assert stats["objective/sampler_kl"] > 0 and not trainer.sampler_is_exact
+    stepped(trainer, prompts(8))
+    assert passes[4:] == [False] * 2 + [True] * 2  # and from then on the pass is made
 
 
 def test_responses_from_elsewhere_are_scored_and_their_sampler_is_not_known(nf4):
@@ -138,6 +145,9 @@ def test_the_sampler_s_kl_is_k3_over_its_own_tokens_summed_over_a_response():
     k3 = lambda d: math.exp(-d) - 1 + d
     assert stats["objective/sampler_kl"] == pytest.approx((k3(0.5) + k3(-1.0)) / 2, rel=1e-6)
     assert stats["objective/sampler_max_diff"] == 1
+    nan = math.nan  # a row that was not compared
+    stats = sampler_stats(rollout, SimpleNamespace(gather=lambda x: x), torch.tensor([[-1.5, -2.0], [nan, nan]]))
+    assert stats["objective/sampler_kl"] == pytest.approx(k3(0.5), rel=1e-6) and stats["objective/sampler_max_diff"] == 0.5
 
 
 def test_fp32_agrees_to_a_hundred_thousandth():
