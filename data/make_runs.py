@@ -19,12 +19,10 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-import torch
-
 from rlhf_helpers.config import CPU, project_root
 from rlhf_helpers.course.experiments import EXPERIMENTS, Run, log_file, missing
 from rlhf_helpers.course.runs import SPLITS, write_log
-from rlhf_helpers.data import load_prompts
+from rlhf_helpers.data import load_preferences, load_prompts
 
 KEPT = {  # of the stats, under short names
     "objective/kl": "kl", "ppo/policy/entropy": "entropy", "ppo/policy/clipfrac": "clipped", "ppo/policy/approxkl": "approxkl",
@@ -32,16 +30,6 @@ KEPT = {  # of the stats, under short names
     "tokens/responses_len_mean": "length", "tokens/responses_eos_frac": "ended", "objective/sampler_kl": "sampler_kl",
     "objective/sampler_max_diff": "sampler_max_diff", "ppo/skipped_updates": "skipped",
 }  # fmt: skip
-
-
-def reward_of(run):
-    """The reward function of a run."""
-    from rlhf_helpers.reward import ensure_reward_model
-
-    if run.reward == "random":  # placebo: as spread as the reward model's scores are, and about nothing
-        generator = torch.Generator().manual_seed(run.seed)
-        return lambda prompts, responses: torch.randn(len(prompts), generator=generator)
-    return ensure_reward_model()
 
 
 def evaluated(trainer, split, samples, **options):
@@ -55,15 +43,16 @@ def evaluated(trainer, split, samples, **options):
 
 def make(run):
     """One run of PPO and its log."""
-    from rlhf_helpers import advantages
+    from rlhf_helpers.course import variants
     from rlhf_helpers.models import load_policy
-    from rlhf_helpers.rollout import gae_advantages
     from rlhf_helpers.trainer import PPOTrainer
 
     config = CPU.ppo_config(**run.settings, seed=run.seed)
     policy, tokenizer = load_policy(CPU, seed=run.seed)
-    how = advantages.ADVANTAGES[run.advantages] if run.advantages else gae_advantages
+    how = variants.ADVANTAGES[run.advantages]
     trainer = PPOTrainer(config=config, model=policy, tokenizer=tokenizer, advantages=how)
+    if run.change:
+        variants.CHANGES[run.change](trainer)
     steps, started = [], time.perf_counter()
 
     def note(trainer, stats):
@@ -78,13 +67,34 @@ def make(run):
               f"clipped {row['clipped']} ratio {row['ratio']:.3f} explained {row['explained']} "
               f"{row['seconds']:.0f} s", flush=True)  # fmt: skip
 
-    trainer.train(load_prompts(project_root() / CPU.prompts), reward_of(run), steps=run.steps or CPU.steps, on_step=note)
+    trainer.train(
+        load_prompts(project_root() / CPU.prompts),
+        variants.reward_named(run.reward, run.seed),
+        steps=run.steps or CPU.steps,
+        on_step=note,
+    )
     seconds = time.perf_counter() - started
     after = evaluated(trainer, run.split, run.samples)
     head = dict(
         experiment=run.experiment, condition=run.condition, seed=run.seed, config=vars(config), seconds=round(seconds, 1)
     )
-    write_log(log_file(run), head | dict(advantages=run.advantages or "gae", reward=run.reward), steps, after)
+    write_log(log_file(run), head | dict(advantages=run.advantages, reward=run.reward, change=run.change), steps, after)
+
+
+def make_dpo(run):
+    """One run of DPO on the course's pairs, and its log: a step has loss, accuracy and margin, and no texts."""
+    from rlhf_helpers.course.gold import is_whole
+    from rlhf_helpers.models import load_policy
+    from rlhf_helpers.trainer import PPOTrainer
+    from rlhf_helpers.trl_bridge import dpo_rows, train_with_dpo
+
+    policy, tokenizer = load_policy(CPU, seed=run.seed)
+    pairs, started = load_preferences(project_root() / CPU.prompts), time.perf_counter()
+    steps = train_with_dpo(policy, tokenizer, dpo_rows(pairs, tokenizer, is_whole, CPU.system), run.beta, seed=run.seed)
+    seconds = time.perf_counter() - started
+    after = evaluated(PPOTrainer(CPU.ppo_config(seed=run.seed), policy, tokenizer=tokenizer), run.split, run.samples)
+    head = dict(experiment=run.experiment, condition=run.condition, seed=run.seed, beta=run.beta, seconds=round(seconds, 1))
+    write_log(log_file(run), head, steps, after)
 
 
 def make_base(split, samples):
@@ -120,7 +130,10 @@ def main():
         for run in missing(name):
             if options.seeds is None or run.seed in options.seeds:
                 print(f"--- {run.name}, about {run.minutes:.0f} minutes", flush=True)
-                make_base(run.condition, run.samples) if run.experiment == "base" else make(run)
+                if run.experiment == "base":
+                    make_base(run.condition, run.samples)
+                else:
+                    make(run) if run.beta is None else make_dpo(run)
 
 
 if __name__ == "__main__":

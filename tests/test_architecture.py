@@ -12,7 +12,7 @@ FLOORS = {
     1: ("machine", "models", "sampling", "fast"),
     2: ("reward", "rollout", "stats", "checkpoint", "memory", "course.grading", "course.experiments", "parts", "pairwise"),
     3: ("trainer", "evaluation", "run", "doctor", "advantages", "course.plots", "course.exercises", "course.runs"),
-    4: ("__main__", "trl_bridge", "course.two_processes"),
+    4: ("__main__", "trl_bridge", "course.two_processes", "course.variants"),
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
 ROOT = Path(rlhf_helpers.__file__).parent

@@ -234,3 +234,22 @@ def test_trls_reward_trainer_learns_pairs_and_its_model_scores_as_it_was_trained
     loaded = RewardModel.load(tmp_path / "rm")
     assert set(loaded.encode(["a cat"], ["good"])) == {"input_ids", "attention_mask"}
     assert loaded(["a cat"], ["good"]) == rm(["a cat"], ["good"])
+
+
+@needs_trl
+def test_dpo_moves_the_adapters_in_fp32_and_prefers_the_chosen(nf4):
+    policy, tokenizer = PolicyWithValueHead(nf4()), tiny.tokenizer()
+    pairs = [dict(prompt=f"t{i} t{i + 1}", chosen="t20 t21 t22", rejected="t40 t41") for i in range(4, 20)]
+    rows = trl_bridge.dpo_rows(pairs, tokenizer, ended=lambda text: text.endswith("t22"))
+    assert rows[0] == dict(prompt_ids=[4, 5], chosen_ids=[20, 21, 22, EOS], rejected_ids=[40, 41])
+    history = trl_bridge.train_with_dpo(
+        policy, tokenizer, rows, beta=0.1, learning_rate=1e-2, epochs=4, batch_size=8, mini_batch_size=4
+    )
+    assert [row["step"] for row in history] == list(range(1, 9))
+    assert history[0]["loss"] == pytest.approx(0.6931, abs=3e-3)  # log 2, in bf16
+    assert history[-1]["loss"] < 0.5 and history[-1]["accuracy"] == 1
+    lm = policy.pretrained_model
+    assert lm.active_adapters == ["default"] and list(lm.peft_config) == ["default"]
+    adapters = {name: p for name, p in lm.named_parameters() if "lora_" in name}
+    assert all(p.dtype == torch.float32 for p in adapters.values())
+    assert all(p.any() for name, p in adapters.items() if "lora_B" in name)

@@ -7,15 +7,17 @@ from rlhf_helpers.config import project_root
 
 @dataclass(frozen=True)
 class Run:
-    """One run of PPO with the CPU profile, but for `settings`."""
+    """One run of PPO with the CPU profile, but for `settings`; or of DPO on the course's pairs, where `beta` is given."""
 
     experiment: str
     condition: str
     seed: int
     settings: dict = field(default_factory=dict)  # of PPOConfig
     steps: int | None = None  # None: the profile's
-    reward: str = "model"  # or "random"
-    advantages: str | None = None  # of `advantages.ADVANTAGES`; None: GAE
+    reward: str = "model"  # of `variants.reward_named`
+    advantages: str = "gae"  # of `variants.ADVANTAGES`
+    change: str | None = None  # of `variants.CHANGES`
+    beta: float | None = None
     split: str = "test"  # whose prompts the last evaluation takes
     samples: int = 2  # a prompt, in the last evaluation
     minutes: float = 6.0  # about, on two CPU cores
@@ -68,12 +70,28 @@ ADVANTAGES = {  # where the advantage comes from
 }
 
 CHANGES = {  # one at a time
-    "one_epoch": dict(settings=dict(ppo_epochs=1)),
-    "four_epochs": dict(settings=dict(ppo_epochs=4), minutes=10),
-    "four_epochs_without_clipping": dict(settings=dict(ppo_epochs=4, cliprange=1e6), minutes=10),
+    "two_epochs": dict(settings=dict(ppo_epochs=2), minutes=11),
+    "four_epochs": dict(settings=dict(ppo_epochs=4), minutes=17),
+    "four_epochs_without_clipping": dict(settings=dict(ppo_epochs=4, cliprange=1e6), minutes=17),
     "lambda_0.95": dict(settings=dict(lam=0.95)),
+    "no_whitening": dict(advantages="unwhitened"),
+    "value_loss_detached": dict(change="detach_value_loss"),
+    "k3_in_the_loss": dict(advantages="k3_in_the_loss"),
     "temperature_1": dict(settings=dict(temperature=1.0)),
 }
+
+DPO = {f"beta_{beta:g}": dict(beta=beta, minutes=12) for beta in (0.03, 0.1, 0.3, 1.0)}
+
+SIZES = {f"pairs_{pairs}": dict(reward=f"pairs_{pairs}", minutes=10) for pairs in (75, 150, 300, 600)}
+
+SAMPLERS = {  # "exact" is the headline's
+    "merged": dict(change="sample_merged"),
+    "merged_truncated": dict(change="sample_merged", advantages="truncated"),
+    "int8": dict(change="sample_int8"),
+    "int8_truncated": dict(change="sample_int8", advantages="truncated"),
+}
+
+ENSEMBLES = {f"{how}_of_five": dict(reward=f"ensemble_{how}", minutes=10) for how in ("mean", "min")}
 
 EXPERIMENTS = {
     "base": [Run("base", "dev", 0, split="dev", samples=16, minutes=3), Run("base", "test", 0, samples=16, minutes=6)],
@@ -82,5 +100,9 @@ EXPERIMENTS = {
     "placebo": each("placebo", {"random_scores": dict(reward="random")}, range(3)),
     "prices": each("prices", PRICES, range(3)),
     "advantages": each("advantages", ADVANTAGES, range(5)),
+    "dpo": each("dpo", DPO, range(3)),
     "changes": each("changes", CHANGES, range(3)),
+    "sizes": each("sizes", SIZES, range(3)),
+    "ensembles": each("ensembles", ENSEMBLES, range(3)),
+    "samplers": each("samplers", SAMPLERS, range(3)),
 }
