@@ -14,6 +14,7 @@ import argparse
 import math
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -23,6 +24,7 @@ from rlhf_helpers.config import CPU, project_root
 from rlhf_helpers.course.experiments import EXPERIMENTS, Run, log_file, missing
 from rlhf_helpers.course.runs import SPLITS, write_log
 from rlhf_helpers.data import load_preferences, load_prompts
+from rlhf_helpers.machine import processor
 
 KEPT = {  # of the stats, under short names
     "objective/kl": "kl", "ppo/policy/entropy": "entropy", "ppo/policy/clipfrac": "clipped", "ppo/policy/approxkl": "approxkl",
@@ -48,7 +50,7 @@ def make(run):
     from rlhf_helpers.trainer import PPOTrainer
 
     config = CPU.ppo_config(**run.settings, seed=run.seed)
-    policy, tokenizer = load_policy(CPU, seed=run.seed)
+    policy, tokenizer = load_policy(replace(CPU, **run.profile), seed=run.seed)
     how = variants.ADVANTAGES[run.advantages]
     trainer = PPOTrainer(config=config, model=policy, tokenizer=tokenizer, advantages=how)
     if run.change:
@@ -78,7 +80,12 @@ def make(run):
     head = dict(
         experiment=run.experiment, condition=run.condition, seed=run.seed, config=vars(config), seconds=round(seconds, 1)
     )
-    write_log(log_file(run), head | dict(advantages=run.advantages, reward=run.reward, change=run.change), steps, after)
+    write_log(
+        log_file(run),
+        head | dict(advantages=run.advantages, reward=run.reward, change=run.change, machine=processor()),
+        steps,
+        after,
+    )
 
 
 def make_dpo(run):
@@ -93,7 +100,8 @@ def make_dpo(run):
     steps = train_with_dpo(policy, tokenizer, dpo_rows(pairs, tokenizer, is_whole, CPU.system), run.beta, seed=run.seed)
     seconds = time.perf_counter() - started
     after = evaluated(PPOTrainer(CPU.ppo_config(seed=run.seed), policy, tokenizer=tokenizer), run.split, run.samples)
-    head = dict(experiment=run.experiment, condition=run.condition, seed=run.seed, beta=run.beta, seconds=round(seconds, 1))
+    head = dict(experiment=run.experiment, condition=run.condition, seed=run.seed, beta=run.beta, seconds=round(seconds, 1),
+                machine=processor())  # fmt: skip
     write_log(log_file(run), head, steps, after)
 
 

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -27,6 +28,17 @@ def has_fast_bf16():
     import torch
 
     return not torch.cuda.is_available() and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+
+
+def processor():
+    """What computes here, in words: the card's name, or the CPU's with the number of threads."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text(encoding="utf-8")) if info.is_file() else []
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def peak_megabytes():

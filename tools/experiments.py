@@ -82,14 +82,14 @@ def best_of_n(split="test"):
     return table(["n", "KL at most, nats", "reward", "gold"], rows)
 
 
-def recipes():
+def recipes(experiment="recipes"):
     """Every recipe that was tried on dev prompts."""
     rows = [["untrained", "", "", *base_row("dev"), "", "", ""]] if base("dev") else []
-    for log in logs_of("recipes") if base("dev") else []:
+    for log in logs_of(experiment) if base("dev") else []:
         acts = [
             f"{log.course_of('clipped').mean():.1%}",
             f"{log.course_of('ratio').mean():.3f}",
-            signed(np.nanmean(log.course_of("explained"))),
+            signed(np.nanmean(log.course_of("explained"))) if np.isfinite(log.course_of("explained")).any() else "not asked",
         ]
         rows.append([log.head["condition"], log.head["seed"], len(log.steps), *row_of(log), *acts])
     return table(["recipe", "seed", "steps", *COLUMNS, "clipped", "ratio from 1", "value explains"], rows) if rows else NONE_YET
@@ -151,9 +151,14 @@ def still_to_make():
 
 
 BLOCKS = dict(
-    best_of_n=best_of_n, best_of_n_dev=lambda: best_of_n("dev"), recipes=recipes, headline=headline, still_to_make=still_to_make
+    best_of_n=best_of_n,
+    best_of_n_dev=lambda: best_of_n("dev"),
+    recipes=recipes,
+    recipes_on_a_card=lambda: recipes("recipes_on_a_card"),
+    headline=headline,
+    still_to_make=still_to_make,
 )
-BLOCKS |= {name: (lambda name=name: compared(name)) for name in EXPERIMENTS if name not in ("base", "recipes", "headline")}
+BLOCKS |= {name: (lambda name=name: compared(name)) for name in EXPERIMENTS if name not in BLOCKS and name != "base"}
 
 
 def filled(page):

@@ -13,6 +13,7 @@ class Run:
     condition: str
     seed: int
     settings: dict = field(default_factory=dict)  # of PPOConfig
+    profile: dict = field(default_factory=dict)  # of Profile
     steps: int | None = None  # None: the profile's
     reward: str = "model"  # of `variants.reward_named`
     advantages: str = "gae"  # of `variants.ADVANTAGES`
@@ -41,16 +42,33 @@ def each(experiment, conditions, seeds, **common):
     return [Run(experiment, name, seed, **{**common, **how}) for seed in seeds for name, how in conditions.items()]
 
 
-RECIPES = {  # tried on dev prompts before the profile was frozen, in this order
-    "e2_halves_lr1e-3": dict(
-        settings=dict(learning_rate=1e-3, ppo_epochs=2, gradient_accumulation_steps=1, kl_budget=None), steps=24
+# Tried on dev prompts before the profile was frozen, in this order. All settings that differ are said: the profile has changed since.
+ONE = dict(ppo_epochs=1, learning_rate=2e-3, gradient_accumulation_steps=2, init_kl_coef=0.05, kl_budget=None)
+TWO = dict(ppo_epochs=2, learning_rate=1e-3, gradient_accumulation_steps=2, init_kl_coef=0.05, kl_budget=None)
+HALVES = dict(gradient_accumulation_steps=1)  # two optimizer steps a pass
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+FOUR = dict(num_generations=4)
+
+RECIPES = {
+    "e2_halves_lr1e-3": dict(settings=TWO | HALVES, steps=24),
+    "e1_lr2e-3": dict(settings=ONE, steps=32),
+    "e2_lr1e-3": dict(settings=TWO, steps=24),
+    "e2_halves_lr1e-3_price.1": dict(settings=TWO | HALVES | dict(init_kl_coef=0.1), steps=24),
+}
+MORE_RECIPES = {
+    "e1_lr1e-3_lora_everywhere": dict(
+        settings=ONE | dict(learning_rate=1e-3), profile=dict(lora_targets=LINEAR), steps=32, samples=4
     ),
-    "e1_lr2e-3": dict(settings=dict(learning_rate=2e-3, kl_budget=None), steps=32),
-    "e2_lr1e-3": dict(settings=dict(learning_rate=1e-3, ppo_epochs=2, kl_budget=None), steps=24),
-    "e2_halves_lr1e-3_price.1": dict(
-        settings=dict(learning_rate=1e-3, ppo_epochs=2, gradient_accumulation_steps=1, init_kl_coef=0.1, kl_budget=None),
-        steps=24,
-    ),
+    "e1_halves_lr1.5e-3": dict(settings=ONE | HALVES | dict(learning_rate=1.5e-3), steps=32, samples=4),
+    "e1_halves_lr1e-3_48": dict(settings=ONE | HALVES | dict(learning_rate=1e-3, kl_budget=9.0), steps=48, samples=4),
+}
+ON_A_CARD = {
+    "e1_lr2e-3": RECIPES["e1_lr2e-3"],
+    "e1_lr2e-3_leave_one_out": dict(settings=ONE | FOUR, advantages="leave_one_out", steps=32),
+    "e2_halves_lr1e-3_leave_one_out": dict(settings=TWO | HALVES | FOUR, advantages="leave_one_out", steps=24),
+    "e2_halves_lr1e-3_price.1": RECIPES["e2_halves_lr1e-3_price.1"],
+    "e1_halves_lr1e-3": dict(settings=ONE | HALVES | dict(learning_rate=1e-3), steps=32),
+    "e1_lr2e-3_value_lr1e-4": dict(settings=ONE | dict(value_learning_rate=1e-4), steps=32),
 }
 
 PRICES = {
@@ -59,7 +77,6 @@ PRICES = {
     for price in (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
 }
 
-FOUR = dict(num_generations=4)
 ADVANTAGES = {  # where the advantage comes from
     "value_head": {},
     "value_head_four_answers": dict(settings=FOUR),
@@ -95,7 +112,8 @@ ENSEMBLES = {f"{how}_of_five": dict(reward=f"ensemble_{how}", minutes=10) for ho
 
 EXPERIMENTS = {
     "base": [Run("base", "dev", 0, split="dev", samples=16, minutes=3), Run("base", "test", 0, samples=16, minutes=6)],
-    "recipes": each("recipes", RECIPES, [100], split="dev"),
+    "recipes": each("recipes", RECIPES, [100], split="dev") + each("recipes", MORE_RECIPES, [100, 101], split="dev"),
+    "recipes_on_a_card": each("recipes_on_a_card", ON_A_CARD, [100, 101], split="dev", samples=4),
     "headline": each("headline", {"frozen": {}}, range(10)),
     "placebo": each("placebo", {"random_scores": dict(reward="random")}, range(3)),
     "prices": each("prices", PRICES, range(3)),
