@@ -60,6 +60,8 @@ MORE_RECIPES = {
         settings=ONE | dict(learning_rate=1e-3), profile=dict(lora_targets=LINEAR), steps=32, samples=4
     ),
     "e1_halves_lr1.5e-3": dict(settings=ONE | HALVES | dict(learning_rate=1.5e-3), steps=32, samples=4),
+}
+LONGER = {
     "e1_halves_lr1e-3_48": dict(settings=ONE | HALVES | dict(learning_rate=1e-3, kl_budget=9.0), steps=48, samples=4),
 }
 ON_A_CARD = {
@@ -73,7 +75,7 @@ ON_A_CARD = {
 
 PRICES = {
     f"price_{price:g}_lr_{rate:g}": dict(settings=dict(init_kl_coef=price, learning_rate=rate, kl_budget=None))
-    for rate in (5e-4, 1e-3)
+    for rate in (1e-3, 2e-3)
     for price in (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
 }
 
@@ -87,9 +89,9 @@ ADVANTAGES = {  # where the advantage comes from
 }
 
 CHANGES = {  # one at a time
-    "two_epochs": dict(settings=dict(ppo_epochs=2), minutes=11),
-    "four_epochs": dict(settings=dict(ppo_epochs=4), minutes=17),
-    "four_epochs_without_clipping": dict(settings=dict(ppo_epochs=4, cliprange=1e6), minutes=17),
+    "two_epochs_of_halves": dict(settings=dict(learning_rate=1e-3, ppo_epochs=2, gradient_accumulation_steps=1), minutes=9),
+    "four_epochs": dict(settings=dict(learning_rate=1e-3, ppo_epochs=4), minutes=13),
+    "four_epochs_without_clipping": dict(settings=dict(learning_rate=1e-3, ppo_epochs=4, cliprange=1e6), minutes=13),
     "lambda_0.95": dict(settings=dict(lam=0.95)),
     "no_whitening": dict(advantages="unwhitened"),
     "value_loss_detached": dict(change="detach_value_loss"),
@@ -112,7 +114,11 @@ ENSEMBLES = {f"{how}_of_five": dict(reward=f"ensemble_{how}", minutes=10) for ho
 
 EXPERIMENTS = {
     "base": [Run("base", "dev", 0, split="dev", samples=16, minutes=3), Run("base", "test", 0, samples=16, minutes=6)],
-    "recipes": each("recipes", RECIPES, [100], split="dev") + each("recipes", MORE_RECIPES, [100, 101], split="dev"),
+    "recipes": [
+        *each("recipes", RECIPES, [100], split="dev"),
+        *each("recipes", MORE_RECIPES, [100, 101], split="dev"),
+        *each("recipes", LONGER, [100], split="dev"),
+    ],
     "recipes_on_a_card": each("recipes_on_a_card", ON_A_CARD, [100, 101], split="dev", samples=4),
     "headline": each("headline", {"frozen": {}}, range(10)),
     "placebo": each("placebo", {"random_scores": dict(reward="random")}, range(3)),
