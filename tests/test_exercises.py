@@ -71,7 +71,7 @@ WRONG = {
         ("lambda A, ratio, eps: torch.where(A > 0, ratio > 1 - eps, ratio < 1 + eps)", "sides are swapped"),
     ],
     "check_eight_updates": [
-        ("CPU.ppo_config(mini_batch_size=4, gradient_accumulation_steps=2)", "gradient accumulation joins minibatches"),
+        ("CPU.ppo_config(mini_batch_size=2)", "gradient accumulation joins minibatches"),
         ("CPU.ppo_config(ppo_epochs=4, mini_batch_size=4, gradient_accumulation_steps=1)", "epochs and minibatches multiply"),
         ("CPU.ppo_config(batch_size=64, mini_batch_size=16, gradient_accumulation_steps=1)", "must stay 16"),
     ],
@@ -90,8 +90,8 @@ WRONG = {
     ],
     "check_share_of_four": [
         ("CPU.ppo_config()", "counted per process"),
-        ("CPU.ppo_config(batch_size=4, mini_batch_size=4)", "1 optimizer steps"),
-        ("CPU.ppo_config(batch_size=4, mini_batch_size=2, learning_rate=2e-3)", "averaged, not added"),
+        ("CPU.ppo_config(batch_size=4, mini_batch_size=2, gradient_accumulation_steps=1)", "2 optimizer steps"),
+        ("CPU.ppo_config(batch_size=4, mini_batch_size=2, learning_rate=8e-3)", "averaged, not added"),
     ],
     "check_mean_of_all": [
         ("lambda sums, counts: sum(s / n for s, n in zip(sums, counts)) / len(sums)", "a mean of means"),

@@ -78,6 +78,13 @@ def test_the_page_says_what_the_logs_say():
     assert page.filled(text) == text
 
 
+def test_every_experiment_with_logs_has_its_figure_on_the_page():
+    text = page.PAGE.read_text(encoding="utf-8")
+    for name in page.DRAWN:
+        drawn = (page.PAGE.parent / "figures" / f"{name}.svg").is_file()
+        assert drawn == bool(runs.logs_of(name)) == (f"(figures/{name}.svg)" in text), name
+
+
 def test_the_logs_are_small_enough_for_a_repository():
     files = list((page.HERE.parent / "data" / "runs").rglob("*"))
     assert sum(file.stat().st_size for file in files if file.is_file()) < 15e6

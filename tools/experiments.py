@@ -9,8 +9,10 @@ import re
 import sys
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 
+from rlhf_helpers.course import plots
 from rlhf_helpers.course.experiments import EXPERIMENTS, missing
 from rlhf_helpers.course.gold import gold_parts
 from rlhf_helpers.course.runs import logs_of
@@ -132,12 +134,78 @@ def compared(experiment):
         found.setdefault(log.head["condition"], []).append(log)
     if not found:
         return NONE_YET
-    rows = []
+    rows, frozen = [], {log.head["seed"]: log for log in logs_of("headline")}
     for condition, logs in found.items():
         gains = {name: np.stack([gain(log, name) for log in logs]) for name in ("rewards", "gold")}
+        apart = [gain(log, "gold") - gain(frozen[log.head["seed"]], "gold") for log in logs if log.head["seed"] in frozen]
         rows.append([condition, len(logs), *(spread(two_level_interval(g)) for g in gains.values()),
+                     verdict(two_level_interval(np.stack(apart))) if apart else "",
                      " ".join(f"{log.kl:.1f}" for log in logs), f"{np.mean([log.whole for log in logs]):.0%}"])  # fmt: skip
-    return table(["condition", "seeds", "reward gained", "gold gained", "KL of each", "whole"], rows)
+    columns = ["reward gained", "gold gained", "gold against the frozen recipe, same seeds", "KL of each", "whole"]
+    return table(["condition", "seeds", *columns], rows)
+
+
+def verdict(interval):
+    """A difference with its interval, called a tie where that has 0 in it."""
+    _, (low, high) = interval
+    return spread(interval) + (": a tie" if low <= 0 <= high else "")
+
+
+# ---------------------------------------------------------------- figures
+
+
+def plane(experiment):
+    """Gold over the square root of KL (Gao et al. 2023, arXiv:2210.10760): every run of an experiment as a dot, its conditions in
+    colours, and best of n of the untrained model as a line. None without logs."""
+    logs = logs_of(experiment)
+    if not logs or base(logs[0].after["split"]) is None:
+        return None
+    figure, axes = plots.new_figure(size=(6.4, 4.0))
+    axis, before = axes[0, 0], base(logs[0].after["split"])
+    rewards, gold = before.by_prompt(before.rewards), before.by_prompt(before.gold)
+    sizes = [n for n in SIZES if n <= rewards.shape[1]]
+    bound = [math.sqrt(math.log(n) - (n - 1) / n) for n in sizes]
+    level = [chosen_of(rewards, gold, n).mean() for n in sizes]
+    axis.plot(bound, level, color=plots.GREY, marker="o", markersize=3, linewidth=1)
+    for n, x, y in zip(sizes, bound, level):
+        axis.annotate(
+            f"best of {n}" if n > 1 else "untrained", (x, y), (4, -9), textcoords="offset points", fontsize=8, color=plots.GREY
+        )
+    conditions = list(dict.fromkeys(log.head["condition"] for log in logs))
+    for number, condition in enumerate(conditions):
+        own = [log for log in logs if log.head["condition"] == condition]
+        kl, height = [math.sqrt(max(log.kl, 0)) for log in own], [log.gold.mean() for log in own]
+        colour, marker = COLOURS[number % len(COLOURS)], "os^Dv"[number // len(COLOURS) % 5]
+        axis.scatter(kl, height, color=colour, marker=marker, s=26, label=condition, zorder=3)
+    axis.set_xlabel("KL, nats an answer (axis: its square root)", fontsize=9)
+    axis.set_ylabel("gold, mean of the last evaluation", fontsize=9)
+    most = max(log.kl for log in logs)
+    ticks = [t for t in (0, 0.25, 1, 2, 4, 6, 9, 12, 16, 25, 50, 100, 200) if t <= 1.2 * most + 1]
+    axis.set_xticks([math.sqrt(t) for t in ticks], [f"{t:g}" for t in ticks])
+    axis.tick_params(labelsize=8)
+    if len(conditions) > 1:
+        axis.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+COLOURS = (plots.BLUE, plots.ORANGE, plots.GREEN, plots.RED, plots.PURPLE)
+
+
+def with_figure(experiment, text):
+    """A block with its figure above, once there are logs."""
+    if text == NONE_YET:
+        return text
+    alt = f"Gold over the square root of KL: the runs of {experiment} as dots, best of n of the untrained model as a line"
+    return f"![{alt}](figures/{experiment}.svg)\n\n{text}"
+
+
+def draw(folder):
+    """The figure of every experiment with logs, as SVG; the same logs give the same file."""
+    folder.mkdir(exist_ok=True)
+    for experiment in DRAWN:
+        if figure := plane(experiment):
+            with matplotlib.rc_context({"svg.hashsalt": experiment, "svg.fonttype": "none"}):
+                figure.savefig(folder / f"{experiment}.svg", format="svg", metadata={"Date": None})
 
 
 def still_to_make():
@@ -159,6 +227,8 @@ BLOCKS = dict(
     still_to_make=still_to_make,
 )
 BLOCKS |= {name: (lambda name=name: compared(name)) for name in EXPERIMENTS if name not in BLOCKS and name != "base"}
+DRAWN = [name for name in EXPERIMENTS if name != "base"]
+BLOCKS |= {name: (lambda name=name, made=BLOCKS[name]: with_figure(name, made())) for name in DRAWN}
 
 
 def filled(page):
@@ -179,6 +249,7 @@ def main():
     if options.check:
         return int(made != page)
     PAGE.write_text(made, encoding="utf-8")
+    draw(PAGE.parent / "figures")
     return 0
 
 

@@ -309,13 +309,13 @@ def check_share_of_four(answer):
         total = f"with four processes that makes {4 * answer.batch_size} responses"
         return say(False, f"batch_size is {answer.batch_size}, and {total}: it is counted per process")
     group = answer.mini_batch_size * answer.gradient_accumulation_steps
-    if group != 2:
-        return say(False, f"that makes {4 / group:g} optimizer steps from one pass over a batch; the profile makes two, of 8 responses each")
+    if group != 4:
+        return say(False, f"that makes {4 / group:g} optimizer steps from one pass over a batch; the profile makes one, of 16 responses")
     for name, value in vars(CPU.ppo_config()).items():
         if name not in ("batch_size", "mini_batch_size", "gradient_accumulation_steps") and getattr(answer, name) != value:
             hint = "gradients are averaged, not added: the update is the same, and so is its rate" if "learning_rate" in name else "leave it"
             return say(False, f"{name} is {getattr(answer, name)!r}, in the profile {value!r}: {hint}")
-    say(True, "4 responses on each of 4 processes, two optimizer steps a pass, all else as it was")
+    say(True, "4 responses on each of 4 processes, one optimizer step a pass, all else as it was")
 
 
 def check_mean_of_all(answer):
