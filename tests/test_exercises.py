@@ -21,6 +21,16 @@ Exercise = namedtuple("Exercise", "check variable unsolved solutions")
 
 # The two most common wrong answers of each exercise (an expression), and words that the cross must then say.
 WRONG = {
+    "check_leave_one_out": [
+        ("lambda scores: [s - sum(scores) / len(scores) for s in scores]", "compared with itself"),
+        ("lambda scores: [s - (sum(scores) - s) / len(scores) for s in scores]", "one fewer"),
+        ("lambda scores: [(sum(scores) - s) / (len(scores) - 1) - s for s in scores]", "must come out positive"),
+    ],
+    "check_mean_under_new": [
+        ("lambda values, old, new: sum(v * o / n for v, o, n in zip(values, old, new)) / len(values)", "the other way round"),
+        ("lambda values, old, new: sum(v * n / o for v, o, n in zip(values, old, new))", "divide by the number of draws"),
+        ("lambda values, old, new: sum(v * n for v, n in zip(values, new)) / len(values)", "divide by them"),
+    ],
     "check_quantize": [
         ("lambda block, levels: ((block[:, None] - levels).abs().argmin(1), block.abs().max())", "divide the block by its scale"),
         ("lambda block, levels: ((block[:, None] / block.max() - levels).abs().argmin(1), block.max())", "may be a negative one"),
