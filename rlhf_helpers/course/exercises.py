@@ -35,6 +35,7 @@ def check_mean_under_new(answer):
         (weigh(lambda o, n: n), "the draws came by the old probabilities already: divide by them"),
         (lambda v, o, n: sum(x * b for x, b in zip(v, n)), "that would be right for all answers once; these are draws, and likely ones came more often"),
         (lambda v, o, n: right(v, o, n) * len(v), "a mean: divide by the number of draws"),
+        (lambda v, o, n: right(v, o, n) * len(v) / sum(b / a for a, b in zip(o, n)), "divided by the sum of the ratios it is steadier, and biased: divide by the number of draws"),
     ]
     function(answer, [(case, right(*case)) for case in cases], hints, praise="each draw counts by its ratio, new / old")
 
