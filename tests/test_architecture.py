@@ -11,7 +11,18 @@ FLOORS = {
     0: ("config", "errors", "data", "ppo", "assets", "quirks", "interrupts", "progress", "files", "intervals", "course.gold"),
     1: ("machine", "models", "sampling", "fast"),
     2: ("reward", "rollout", "stats", "checkpoint", "memory", "course.grading", "course.experiments", "parts", "pairwise"),
-    3: ("trainer", "evaluation", "run", "doctor", "advantages", "course.plots", "course.exercises", "course.runs"),
+    3: (
+        "trainer",
+        "evaluation",
+        "run",
+        "doctor",
+        "advantages",
+        "course.plots",
+        "course.exercises",
+        "course.runs",
+        "course.inspector",
+        "course.first_exercises",
+    ),
     4: ("__main__", "trl_bridge", "course.two_processes", "course.variants"),
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
@@ -21,7 +32,7 @@ MODULES = {NAME(path): path for path in ROOT.rglob("*.py") if path.stem != "__in
 # What may be imported on one's own floor.
 SAME_FLOOR = {("pairwise", "reward"), ("reward", "pairwise"), ("data", "errors"), ("config", "errors"), ("assets", "config"), ("assets", "files"), ("data", "files"), ("assets", "errors"),
               ("assets", "quirks"), ("files", "errors"), ("models", "machine"), ("sampling", "models"), ("sampling", "fast"),
-              ("fast", "models"), ("assets", "progress")}  # fmt: skip
+              ("fast", "models"), ("assets", "progress"), ("course.exercises", "course.first_exercises")}  # fmt: skip
 
 
 def imports(path):

@@ -1,0 +1,202 @@
+"""The inspector: every number of every token, to be touched. `show(frames)` puts it on a notebook's page: one piece of HTML with its
+script and data inside, which asks nobody for anything, needs no kernel, and works in an exported page.
+
+A *frame* is one batch of responses with their numbers (`frame`); several of them, of one run, get a slider (`Recorder`)."""
+
+import hashlib
+import html as escaping
+import json
+import math
+
+import torch
+
+from rlhf_helpers.models import response_logits
+
+SIGNALS = {  # key: (name on the page, what it is)
+    "logprob": ("log-prob", "log-probability under the policy that wrote it, nats"),
+    "ref": ("reference", "log-probability under the reference, nats"),
+    "kl": ("KL", "log-prob less the reference's, nats"),
+    "price": ("price of KL", "what the token pays for its KL: -\u03b2 \u00d7 KL"),
+    "reward": ("reward", "the price, and on the last token the score"),
+    "value": ("value", "what the value head expects before this token"),
+    "return": ("return", "what came, from this token on"),
+    "raw": ("return \u2212 value", "the advantage before whitening, where \u03bb is 1"),
+    "advantage": ("advantage", "what the update weighs the token with"),
+    "change": ("change", "log-prob after the update, less before; nats"),
+}
+
+
+def frame(rollout, tokenizer, label="", likeliest=None, after=None):
+    """A dict of what the page shows of a Rollout, which JSON can hold. `likeliest` comes from `likeliest_tokens`; `after` are the
+    log-probs (B, T) of the same tokens after the update, where they are known."""
+    pick = lambda tensor, row: [short(x) for x in tensor[row][rollout.mask[row]].tolist()]
+    columns = {
+        "logprob": rollout.logprobs,
+        "ref": rollout.ref_logprobs,
+        "kl": rollout.kl,
+        "price": rollout.non_score_rewards,
+        "reward": rollout.rewards,
+        "value": rollout.values,
+        "return": rollout.returns,
+        "raw": rollout.returns - rollout.values,
+        "advantage": rollout.advantages,
+    }
+    if after is not None:
+        columns["change"] = after - rollout.logprobs
+    rows = []
+    for row, response in enumerate(rollout.responses):
+        tokens = pieces(tokenizer, response)
+        numbers = {name: pick(tensor.detach().float().cpu(), row) for name, tensor in columns.items()}
+        rows.append(dict(prompt=rollout.prompts[row], score=short(rollout.scores[row].item()), tokens=tokens, numbers=numbers))
+        if likeliest is not None:
+            rows[-1]["likeliest"] = likeliest[row]
+    return dict(label=label, rows=rows)
+
+
+def short(number):
+    """A number as the page keeps it: three digits, and None where it is none."""
+    return float(f"{number:.3g}") if math.isfinite(number) else None
+
+
+def pieces(tokenizer, ids):
+    """The text of each token, so that together they read as the response does; special tokens by their names."""
+    special = set(tokenizer.all_special_ids)
+    texts, done = [], ""
+    for n, i in enumerate(ids.tolist(), 1):
+        if i in special:
+            texts.append(tokenizer.convert_ids_to_tokens(i))
+            continue
+        text = tokenizer.decode([j for j in ids[:n].tolist() if j not in special])
+        texts.append(text[len(done) :] if text.startswith(done) else tokenizer.decode([i]))
+        done = text
+    return texts
+
+
+@torch.no_grad()
+def likeliest_tokens(trainer, rollout, k=5):
+    """For every token of every response the k likeliest ones that the policy, and the reference, would have put there: per response
+    a list of pairs of lists of (text, probability). A pass of each; the adapters are as they are now."""
+    tokenizer, temperature, found = trainer.tokenizer, trainer.config.temperature, []
+    for rows in torch.arange(len(rollout), device=trainer.device).split(trainer.config.mini_batch_size):
+        tops = []
+        with trainer.model.without_dropout():
+            policy = response_logits(trainer.model.pretrained_model, *rollout.inputs(rows))
+            for logits in (policy, trainer._reference_logits(rollout, rows)):
+                tops.append((logits.float() / temperature).softmax(-1).topk(k))
+        for place, row in enumerate(rows.tolist()):
+            length = int(rollout.mask[row].sum())
+            sides = [
+                [
+                    [[tokenizer.decode([i]), short(p)] for i, p in zip(ids, chances)]
+                    for ids, chances in zip(top.indices[place, :length].tolist(), top.values[place, :length].tolist())
+                ]
+                for top in tops
+            ]
+            found.append([list(pair) for pair in zip(*sides)])
+    return found
+
+
+class Recorder:
+    """`train(..., on_step=Recorder(trainer, prompts, reward_fn))` notes what the policy answers to the same few prompts, with the same
+    random numbers, before the first step (when it is made) and after every `every` steps. `frames` is what `show` takes."""
+
+    def __init__(self, trainer, prompts, reward_fn, every=4, seed=0):
+        self.prompts, self.queries = trainer.encode(prompts)
+        self.reward_fn, self.every, self.seed, self.frames = reward_fn, every, seed, []
+        self.note(trainer)
+
+    def note(self, trainer):
+        responses = trainer.generate(self.queries, generator=torch.Generator().manual_seed(self.seed))
+        rollout = trainer.inspect(self.queries, responses, self.reward_fn(self.prompts, trainer.decode(responses)))
+        rollout.prompts = self.prompts
+        self.frames.append(
+            frame(rollout, trainer.tokenizer, f"after {trainer.steps_done} steps" if trainer.steps_done else "before training")
+        )
+
+    def __call__(self, trainer, stats):
+        if trainer.steps_done % self.every == 0:
+            self.note(trainer)
+
+
+# ---------------------------------------------------------------- the page
+
+
+def show(frames, signal="advantage"):
+    """Put the inspector on a notebook's page. `frames` is a frame or a list of them."""
+    from IPython.display import HTML, display
+
+    display(HTML(page(frames, signal)))
+
+
+def page(frames, signal="advantage"):
+    """The inspector of one frame or several as HTML: one <div>, with its style, its script and its data."""
+    frames = frames if isinstance(frames, list) else [frames]
+    present = [name for name in SIGNALS if name in frames[0]["rows"][0]["numbers"]]
+    data = dict(frames=frames, signals={name: SIGNALS[name] for name in present}, signal=signal)
+    packed = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/").replace("<!--", "<\\!--")
+    name = "inspector-" + hashlib.sha1(packed.encode(), usedforsecurity=False).hexdigest()[:10]
+    first = frames[0]["rows"][0]
+    plain = "".join(
+        f'<span title="{escaping.escape(f"{SIGNALS[signal][0]} {number}")}">{escaping.escape(token)}</span>'
+        for token, number in zip(first["tokens"], first["numbers"][signal])
+    )  # what is read where scripts do not run
+    return TEMPLATE.replace("NAME", name).replace("PLAIN", plain).replace("DATA", packed)
+
+
+TEMPLATE = """<div id="NAME" class="rlhf-inspector">
+<style>
+#NAME{--ground:#fff;--ink:#111;--line:#bbb;--soft:#f3f3f3;--up:0,114,178;--down:213,94,0;color:var(--ink);background:var(--ground);
+font:15px/1.6 system-ui,sans-serif;border:1px solid var(--line);border-radius:8px;padding:12px 14px;max-width:960px}
+@media (prefers-color-scheme:dark){#NAME{--ground:#1b1b1b;--ink:#eee;--line:#555;--soft:#2a2a2a;--up:86,180,233;--down:230,159,0}}
+[data-jp-theme-light="true"] #NAME{--ground:#fff;--ink:#111;--line:#bbb;--soft:#f3f3f3;--up:0,114,178;--down:213,94,0}
+[data-jp-theme-light="false"] #NAME{--ground:#1b1b1b;--ink:#eee;--line:#555;--soft:#2a2a2a;--up:86,180,233;--down:230,159,0}
+#NAME .bar{display:flex;flex-wrap:wrap;gap:6px 14px;align-items:center;margin-bottom:8px;font-size:13px}
+#NAME select,#NAME button{font:inherit;color:inherit;background:var(--soft);border:1px solid var(--line);border-radius:5px;padding:2px 8px}
+#NAME .text{white-space:pre-wrap;line-height:2;padding:6px 8px;border-radius:6px;outline-offset:2px;overflow-wrap:break-word}
+#NAME .text span{border-radius:3px;padding:2px 0;cursor:default}
+#NAME .text span.on{outline:2px solid var(--ink)}
+#NAME .prompt{font-weight:600}
+#NAME table{border-collapse:collapse;font-size:13px;margin:8px 0 0;color:inherit}
+#NAME td,#NAME th{padding:1px 10px 1px 0;text-align:left;border:0;background:none;color:inherit}
+#NAME td.n{text-align:right;font-variant-numeric:tabular-nums}
+#NAME .foot{display:flex;flex-wrap:wrap;gap:4px 40px;min-height:15em}
+#NAME .what{opacity:.75}
+</style>
+<div class="bar" role="group" aria-label="what is shown"></div>
+<div class="prompt"></div>
+<div class="text" tabindex="0" aria-label="the response; arrow keys go from token to token">PLAIN</div>
+<div class="foot" aria-live="polite"></div>
+<script type="application/json">DATA</script>
+<script>
+(function(){
+const root=document.getElementById("NAME"),D=JSON.parse(root.querySelector("script[type='application/json']").textContent);
+const at={f:D.frames.length-1,r:0,t:-1,s:D.signal},bar=root.querySelector(".bar"),text=root.querySelector(".text"),foot=root.querySelector(".foot");
+const el=(tag,props,...kids)=>{const e=Object.assign(document.createElement(tag),props||{});kids.forEach(k=>e.append(k));return e};
+const row=()=>D.frames[at.f].rows[at.r],show=x=>x===null||x===undefined?"\\u2013":(x<0?"\\u2212":"")+Math.abs(x).toFixed(Math.abs(x)>=10?1:Math.abs(x)>=1?2:3);
+const scale={};Object.keys(D.signals).forEach(s=>{const all=[];D.frames.forEach(f=>f.rows.forEach(r=>(r.numbers[s]||[]).forEach(x=>x!==null&&all.push(Math.abs(x)))));
+all.sort((a,b)=>a-b);scale[s]=all.length?(all[Math.floor(.98*(all.length-1))]||all[all.length-1]||1):1});
+const pick=(label,list,get,set)=>{const s=el("select",{onchange:()=>{set(+s.value);draw()}});list.forEach((o,i)=>s.append(el("option",{value:i,textContent:o})));
+s.setAttribute("aria-label",label);const box=el("label",{},label+" ",s);box.sync=()=>{s.value=get()};bar.append(box);return box};
+const names=Object.keys(D.signals),controls=[
+pick("show",names.map(n=>D.signals[n][0]),()=>names.indexOf(at.s),i=>{at.s=names[i]}),
+pick("response",D.frames[0].rows.map((r,i)=>(i+1)+" \\u00b7 "+r.prompt.slice(0,48)),()=>at.r,i=>{at.r=i;at.t=-1})];
+if(D.frames.length>1){const slide=el("input",{type:"range",min:0,max:D.frames.length-1,step:1,oninput:()=>{at.f=+slide.value;at.t=-1;draw()}}),out=el("output");
+slide.setAttribute("aria-label","step");const box=el("label",{},"step ",slide," ",out);box.sync=()=>{slide.value=at.f;out.textContent=D.frames[at.f].label};bar.append(box);controls.push(box)}
+const legend=el("span",{className:"what"});bar.append(legend);
+function detail(){foot.replaceChildren();const r=row();
+if(at.t<0){foot.append(el("p",{className:"what",textContent:"Point at a token, or click into the text and use the arrow keys: left and right for tokens, up and down for responses."}));return}
+const left=el("table");left.append(el("tr",{},el("th",{textContent:"token"}),el("td",{className:"n",textContent:JSON.stringify(r.tokens[at.t])}),el("td",{className:"what",textContent:(at.t+1)+" of "+r.tokens.length})));
+names.forEach(n=>{if(r.numbers[n])left.append(el("tr",{},el("th",{textContent:D.signals[n][0]}),el("td",{className:"n",textContent:show(r.numbers[n][at.t])}),el("td",{className:"what",textContent:D.signals[n][1]})))});
+foot.append(left);
+if(r.likeliest){const right=el("table");right.append(el("tr",{},...["policy would say","","reference would say",""].map(h=>el("th",{textContent:h}))));
+const [p,q]=r.likeliest[at.t];p.forEach((_,i)=>right.append(el("tr",{},...[p[i],q[i]].flatMap(x=>[el("td",{textContent:JSON.stringify(x[0])}),el("td",{className:"n",textContent:(100*x[1]).toFixed(1)+" %"})]))));foot.append(right)}}
+function choose(t){at.t=t;[...text.children].forEach((s,i)=>s.classList.toggle("on",i===t));detail()}
+function draw(){const r=row(),m=scale[at.s];root.querySelector(".prompt").textContent=r.prompt+"   (score "+show(r.score)+")";text.replaceChildren();
+r.tokens.forEach((token,i)=>{const x=(r.numbers[at.s]||[])[i],s=el("span",{textContent:token,onmouseenter:()=>choose(i),onclick:()=>choose(i)});
+if(x!==null&&x!==undefined){s.style.background="rgba(var("+(x<0?"--down":"--up")+"),"+(.75*Math.min(1,Math.abs(x)/m)).toFixed(3)+")"}text.append(s)});
+legend.textContent=D.signals[at.s][1]+"; blue above 0, orange below, full at "+show(m);controls.forEach(c=>c.sync());choose(Math.min(at.t,r.tokens.length-1))}
+text.addEventListener("keydown",e=>{const rows=D.frames[at.f].rows.length,keys={ArrowRight:()=>choose(Math.min(at.t+1,row().tokens.length-1)),ArrowLeft:()=>choose(Math.max(at.t-1,0)),
+ArrowDown:()=>{at.r=(at.r+1)%rows;draw()},ArrowUp:()=>{at.r=(at.r+rows-1)%rows;draw()}};if(keys[e.key]){e.preventDefault();e.stopPropagation();keys[e.key]()}});
+draw()})();
+</script>
+</div>"""

@@ -1,0 +1,142 @@
+"""The inspector: it shows the numbers of the rollout, asks nobody for anything, and can be touched."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from rlhf_helpers.course import inspector
+from tests import tiny
+from tests.test_browser import CHROMIUM, Browser
+
+
+@pytest.fixture(scope="module")
+def stepped():
+    """(trainer, rollout, its frame) of a tiny trainer's second step."""
+    trainer = tiny.trainer()
+    queries, _, scores = tiny.batch()
+    for _ in range(2):
+        trainer.step(queries, trainer.generate(queries), scores)
+    rollout = trainer.inspect(queries, trainer.generate(queries), scores)
+    likeliest = inspector.likeliest_tokens(trainer, rollout)
+    return trainer, rollout, inspector.frame(rollout, trainer.tokenizer, "now", likeliest, rollout.logprobs + 0.5)
+
+
+def test_a_frame_has_every_real_token_s_numbers_and_no_pad(stepped):
+    _, rollout, frame = stepped
+    assert len(frame["rows"]) == len(rollout) and json.dumps(frame, allow_nan=False)
+    for row, shown in enumerate(frame["rows"]):
+        length = int(rollout.mask[row].sum())
+        assert len(shown["tokens"]) == length and shown["score"] == pytest.approx(rollout.scores[row].item(), rel=5e-3)
+        for name, tensor in dict(
+            kl=rollout.kl, reward=rollout.rewards, advantage=rollout.advantages, value=rollout.values
+        ).items():
+            assert shown["numbers"][name] == pytest.approx(tensor[row, :length].tolist(), rel=5e-3, abs=1e-9), name
+        assert shown["numbers"]["change"] == pytest.approx([0.5] * length, rel=1e-3)
+        assert set(shown["numbers"]) == set(inspector.SIGNALS)
+
+
+def test_the_likeliest_tokens_are_those_of_policy_and_reference(stepped):
+    trainer, rollout, frame = stepped
+    for row, shown in enumerate(frame["rows"]):
+        for place, token in enumerate(rollout.responses[row].tolist()):
+            for side, logprobs in enumerate((rollout.logprobs, rollout.ref_logprobs)):
+                top = shown["likeliest"][place][side]
+                chances = [chance for _, chance in top]
+                assert len(top) == 5 and chances == sorted(chances, reverse=True)
+                own = trainer.tokenizer.decode([token])
+                if own in dict(map(tuple, top)):  # then with the probability that it was scored with
+                    assert dict(map(tuple, top))[own] == pytest.approx(logprobs[row, place].exp().item(), rel=1e-2)
+
+
+def test_pieces_read_as_the_text_does():
+    tokenizer = tiny.tokenizer()
+    ids = torch.tensor([5, 6, 7, tiny.EOS])
+    pieces = inspector.pieces(tokenizer, ids)
+    assert "".join(pieces[:3]) == tokenizer.decode(ids[:3]) and pieces[3] == "<eos>"
+
+
+def test_a_recorder_notes_the_same_prompts_with_the_same_random_numbers():
+    trainer = tiny.trainer()
+    reward = lambda prompts, texts: [float(len(text)) for text in texts]
+    prompts = ["t5 t6", "t7"]
+    recorder = inspector.Recorder(trainer, prompts, reward, every=2, seed=1)
+    again = inspector.Recorder(trainer, prompts, reward, every=2, seed=1)
+    assert recorder.frames == again.frames and recorder.frames[0]["label"] == "before training"
+    trainer.train([f"t{i} t{i + 1}" for i in range(4, 20)], reward, steps=4, on_step=recorder)
+    assert [frame["label"] for frame in recorder.frames] == ["before training", "after 2 steps", "after 4 steps"]
+    assert [row["prompt"] for row in recorder.frames[-1]["rows"]] == prompts
+
+
+def test_recording_does_not_change_the_run():
+    ends = []
+    for record in (False, True):
+        trainer = tiny.trainer()
+        reward = lambda prompts, texts: [float(len(text) % 7) for text in texts]
+        recorder = inspector.Recorder(trainer, ["t5 t6"], reward, every=1) if record else None
+        trainer.train([f"t{i} t{i + 1}" for i in range(4, 20)], reward, steps=3, on_step=recorder)
+        ends.append(tiny.state(trainer))
+    assert tiny.same(*ends)
+
+
+def test_the_page_stands_alone_and_reads_where_scripts_do_not_run(stepped):
+    frame = stepped[2]
+    page = inspector.page(frame)
+    assert page == inspector.page([frame]) and not re.search(r"https?:|src=|@import|url\(", page)
+    plain = re.search(r'class="text".*?>(.*?)</div>', page, re.DOTALL)[1]
+    assert plain.count("<span title=") == len(frame["rows"][0]["tokens"]) and "advantage" in plain
+
+
+def test_text_cannot_break_out_of_the_page(stepped):
+    frame = json.loads(json.dumps(stepped[2]))
+    frame["rows"][0]["prompt"] = "</script><b id='broken'>x</b><!--"
+    frame["rows"][0]["tokens"][0] = "<i>"
+    page = inspector.page(frame)
+    assert page.count("</script>") == 2 and "<i>" not in page.split('<script type="application/json">')[0]
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium here")
+def test_it_can_be_touched(stepped, tmp_path):
+    """Hover, keys, choice of signal and response, slider; nothing is asked for, and nothing goes wrong."""
+    frame = stepped[2]
+    file = tmp_path / "page.html"
+    file.write_text(
+        f"<!doctype html><meta charset='utf-8'><body>{inspector.page([frame | {'label': 'first'}, frame])}</body>",
+        encoding="utf-8",
+    )
+    (tmp_path / "browser").mkdir()
+    browser = Browser(tmp_path / "browser")
+    try:
+        browser.call("Runtime.enable")
+        browser.call("Page.enable")
+        browser.call("Page.addScriptToEvaluateOnNewDocument", source="window.wrong=[];window.onerror=m=>{window.wrong.push(m)}")
+        browser.call("Page.navigate", url=file.as_uri())
+        count = "document.querySelectorAll('.rlhf-inspector .text span').length"
+        from tests.test_browser import wait_for
+
+        wait_for(lambda: browser.evaluate("document.querySelectorAll('.rlhf-inspector select').length") == 2, "the page", 20)
+        foot = "document.querySelector('.rlhf-inspector .foot').innerText"
+        assert browser.evaluate(count) == len(frame["rows"][0]["tokens"]) and "Point at a token" in browser.evaluate(foot)
+        box = browser.evaluate(
+            "(({x,y,width,height})=>({x:x+width/2,y:y+height/2}))(document.querySelectorAll('.rlhf-inspector .text span')[1].getBoundingClientRect())"
+        )
+        browser.call("Input.dispatchMouseEvent", type="mouseMoved", **box)
+        assert "2 of" in browser.evaluate(foot) and "policy would say" in browser.evaluate(foot)
+        browser.evaluate("document.querySelector('.rlhf-inspector .text').focus()")
+        key = lambda name: browser.call("Input.dispatchKeyEvent", type="keyDown", key=name, code=name)
+        key("ArrowLeft")
+        assert "1 of" in browser.evaluate(foot)
+        key("ArrowDown")
+        assert browser.evaluate(count) == len(frame["rows"][1]["tokens"])
+        change = "(s=>{s.selectedIndex=%d;s.dispatchEvent(new Event('change'))})(document.querySelectorAll('.rlhf-inspector select')[0])"
+        browser.evaluate(change % list(inspector.SIGNALS).index("kl"))
+        assert inspector.SIGNALS["kl"][1] in browser.evaluate("document.querySelector('.rlhf-inspector .what').textContent")
+        browser.evaluate(
+            "(s=>{s.value=0;s.dispatchEvent(new Event('input'))})(document.querySelector('.rlhf-inspector input'))"
+        )
+        assert browser.evaluate("document.querySelector('.rlhf-inspector output').textContent") == "first"
+        assert browser.evaluate("window.wrong") == [] and [url for url in browser.requests if not url.startswith("file:")] == []
+    finally:
+        browser.close()
