@@ -1,0 +1,68 @@
+"""Make docs/inspector.html, a page to touch without installation: `python tools/inspector_page.py` (a quarter of an hour on two cores).
+
+Two runs with the same seed and prompts: the profile's, and the one of notebook 07 without a price on KL. Both are recorded on four
+held-out prompts; the page needs nothing but itself."""
+
+import math
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from rlhf_helpers.config import CPU, project_root
+from rlhf_helpers.course import inspector
+from rlhf_helpers.data import load_prompts
+from rlhf_helpers.models import load_policy
+from rlhf_helpers.reward import ensure_reward_model
+from rlhf_helpers.trainer import PPOTrainer
+
+RUNS = {
+    "With a price on KL": (
+        "The profile for two cores, as `make run` makes it: a nat of KL costs 0.05 of a deviation of the scores, and a budget ends the run.",
+        {},
+        32,
+        4,
+    ),
+    "Without a price": (
+        "No price, no budget, two optimizer steps from each batch, 48 steps: the run of notebook 07.",
+        dict(init_kl_coef=0.0, kl_budget=math.inf, gradient_accumulation_steps=1),
+        48,
+        6,
+    ),
+}
+TOP = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>RLHF with PPO: look inside two runs</title>
+<style>body{font:16px/1.55 system-ui,sans-serif;max-width:980px;margin:24px auto;padding:0 16px;color:#111;background:#fff}
+@media (prefers-color-scheme:dark){body{color:#eee;background:#121212}}h1{font-size:1.6em}h2{font-size:1.2em;margin-top:1.6em}</style></head><body>
+<h1>Look inside two runs of PPO</h1>
+<p>A language model of 135 million weights, in 4 bits, learns from a reward model to give short, whole, warm answers. Every few steps it was asked the same four
+prompts with the same random numbers. Choose a number to see as colour, point at a token (or click into the text and use the arrow keys), and move the slider from
+<em>before training</em> to the end. The course explains each of them: <em>RLHF with PPO, in notebooks</em>.</p>
+"""
+
+
+def recorded(settings, steps, every):
+    """The frames of one run on four held-out prompts."""
+    policy, tokenizer = load_policy(CPU, seed=0)
+    trainer = PPOTrainer(CPU.ppo_config(**settings, seed=0), policy, tokenizer=tokenizer)
+    reward_model, root = ensure_reward_model(), project_root()
+    recorder = inspector.Recorder(trainer, load_prompts(root / CPU.heldout_prompts)[:4], reward_model, every=every)
+    trainer.train(load_prompts(root / CPU.prompts), reward_model, steps=steps, on_step=recorder)
+    return recorder.frames
+
+
+def main():
+    parts = [TOP]
+    for title, (words, settings, steps, every) in RUNS.items():
+        parts.append(f"<h2>{title}</h2>\n<p>{words.replace('`make run`', '<code>make run</code>')}</p>\n")
+        parts.append(inspector.page(recorded(settings, steps, every), signal="kl") + "\n")
+        print(title, "recorded", flush=True)
+    text = "".join([*parts, "</body></html>\n"])
+    (HERE.parent / "docs" / "inspector.html").write_text(text, encoding="utf-8")
+    print(f"docs/inspector.html: {len(text.encode()) // 1000} kB")
+
+
+if __name__ == "__main__":
+    main()
