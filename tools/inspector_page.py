@@ -4,12 +4,9 @@ Two runs with the same seed and prompts: the profile's, and the one of notebook 
 held-out prompts; the page needs nothing but itself."""
 
 import math
-import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-
 from rlhf_helpers.config import CPU, project_root
 from rlhf_helpers.course import inspector
 from rlhf_helpers.data import load_prompts

@@ -6,10 +6,6 @@ the share of the variance (over tokens) that it explains there. 0 is what a cons
 of those tried on these same answers, so the numbers are a ceiling."""
 
 import random
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
