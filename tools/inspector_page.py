@@ -6,7 +6,6 @@ held-out prompts; the page needs nothing but itself."""
 import math
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
 from rlhf_helpers.config import CPU, project_root
 from rlhf_helpers.course import inspector
 from rlhf_helpers.data import load_prompts
@@ -14,6 +13,7 @@ from rlhf_helpers.models import load_policy
 from rlhf_helpers.reward import ensure_reward_model
 from rlhf_helpers.trainer import PPOTrainer
 
+HERE = Path(__file__).resolve().parent
 RUNS = {
     "With a price on KL": (
         "The profile for two cores, as `make run` makes it: a nat of KL costs 0.05 of a deviation of the scores, and a budget ends the run.",
