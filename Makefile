@@ -14,7 +14,7 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 PYTEST := $(PY) -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
 MODELS := $(foreach name,smollm2-135m-instruct minilm-l6-v2,output/models/$(name)/config.json)
 
-.PHONY: help run test test-fast test-all lint format lab check constraints notebooks clean
+.PHONY: help run test test-fast test-all lint format lab check constraints notebooks address clean
 
 help:
 	@echo "make run       PPO on the CPU profile: models, reward model, training, result"
@@ -24,6 +24,7 @@ help:
 	@echo "make test-all  the slow ones too"
 	@echo "make lint      ruff: check and format (make format repairs)"
 	@echo "make check     what will work on this machine"
+	@echo "make address   URL=https://github.com/me/my-fork: your copy's address, wherever it stands"
 
 run: $(VENV)/.core
 	$(PY) -m rlhf_helpers $(ARGS)
@@ -92,6 +93,9 @@ constraints:
 
 notebooks: $(VENV)/.test
 	$(PY) tools/run_notebooks.py $(ARGS)
+
+address:
+	$(PYTHON) tools/address.py $(URL)
 
 clean:
 	rm -rf build *.egg-info .pytest_cache

@@ -49,19 +49,20 @@ def test_the_cell_fetches_this_repository():
     assert f'"{REPOSITORY}"' in CELL and f'"{FOLDER}"' in CELL
 
 
-def run_cell(monkeypatch, tmp_path, names, installed=False, moves=None, cell=CELL):
+def run_cell(monkeypatch, tmp_path, names, installed=False, moves=None, cell=CELL, reachable=True):
     """Run the cell in `names` as if on Colab; its commands are returned and not run. pip `moves` some versions."""
     versions, commands = {"torch": "2.11.0+cu128", "numpy": "2.1.3", "transformers": "5.15.0"}, []
     if installed:
         versions |= moves or {}
 
-    def run(command, check):
-        assert check is True
+    def run(command, check=False):
         commands.append(command)
-        if "clone" in command:
-            Path(command[-1], "notebooks").mkdir(parents=True)
-        else:
+        if "clone" not in command:
+            assert check is True
             versions.update(moves or {})
+        elif reachable:
+            Path(command[-1], "notebooks").mkdir(parents=True)
+        return types.SimpleNamespace(returncode=0 if reachable else 128)
 
     monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
     monkeypatch.setattr(subprocess, "run", run)
@@ -92,6 +93,14 @@ def test_on_colab_it_clones_installs_and_is_silent(monkeypatch, tmp_path, capsys
 
 def test_notebook_06_installs_trl_as_well(monkeypatch, tmp_path):
     assert run_cell(monkeypatch, tmp_path, {}, cell=WITH_TRL)[1][-1] == str(tmp_path / Path(FOLDER).name) + "[trl]"
+
+
+def test_an_address_that_cannot_be_fetched_is_one_sentence_and_a_folder_that_is_there_is_taken(monkeypatch, tmp_path):
+    with pytest.raises(SystemExit, match="cannot be fetched: upload the course as .+, or set its address"):
+        run_cell(monkeypatch, tmp_path, {}, reachable=False)
+    (tmp_path / Path(FOLDER).name / "notebooks").mkdir(parents=True)  # uploaded
+    (install,) = run_cell(monkeypatch, tmp_path, {}, reachable=False)
+    assert "pip" in install and Path.cwd().name == "notebooks"
 
 
 def test_a_second_run_fetches_nothing(monkeypatch, tmp_path, capsys):
