@@ -45,7 +45,7 @@ def recorded(settings, steps, every):
     policy, tokenizer = load_policy(CPU, seed=0)
     trainer = PPOTrainer(CPU.ppo_config(**settings, seed=0), policy, tokenizer=tokenizer)
     reward_model, root = ensure_reward_model(), project_root()
-    recorder = inspector.Recorder(trainer, load_prompts(root / CPU.heldout_prompts)[:4], reward_model, every=every)
+    recorder = inspector.Recorder(trainer, load_prompts(root / CPU.heldout_prompts)[:4], reward_model, every, likeliest=True)
     trainer.train(load_prompts(root / CPU.prompts), reward_model, steps=steps, on_step=recorder)
     return recorder.frames
 

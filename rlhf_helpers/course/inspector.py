@@ -98,20 +98,21 @@ def likeliest_tokens(trainer, rollout, k=5):
 
 class Recorder:
     """`train(..., on_step=Recorder(trainer, prompts, reward_fn))` notes what the policy answers to the same few prompts, with the same
-    random numbers, before the first step (when it is made) and after every `every` steps. `frames` is what `show` takes."""
+    random numbers, before the first step (when it is made) and after every `every` steps; `likeliest`: with the likeliest tokens of
+    every place, which makes the page four times as large. `frames` is what `show` takes."""
 
-    def __init__(self, trainer, prompts, reward_fn, every=4, seed=0):
+    def __init__(self, trainer, prompts, reward_fn, every=4, seed=0, likeliest=False):
         self.prompts, self.queries = trainer.encode(prompts)
-        self.reward_fn, self.every, self.seed, self.frames = reward_fn, every, seed, []
+        self.reward_fn, self.every, self.seed, self.likeliest, self.frames = reward_fn, every, seed, likeliest, []
         self.note(trainer)
 
     def note(self, trainer):
         responses = trainer.generate(self.queries, generator=torch.Generator().manual_seed(self.seed))
         rollout = trainer.inspect(self.queries, responses, self.reward_fn(self.prompts, trainer.decode(responses)))
         rollout.prompts = self.prompts
-        self.frames.append(
-            frame(rollout, trainer.tokenizer, f"after {trainer.steps_done} steps" if trainer.steps_done else "before training")
-        )
+        label = f"after {trainer.steps_done} steps" if trainer.steps_done else "before training"
+        likeliest = likeliest_tokens(trainer, rollout) if self.likeliest else None
+        self.frames.append(frame(rollout, trainer.tokenizer, label, likeliest))
 
     def __call__(self, trainer, stats):
         if trainer.steps_done % self.every == 0:
@@ -159,7 +160,7 @@ font:15px/1.6 system-ui,sans-serif;border:1px solid var(--line);border-radius:8p
 #NAME table{border-collapse:collapse;font-size:13px;margin:8px 0 0;color:inherit}
 #NAME td,#NAME th{padding:1px 10px 1px 0;text-align:left;border:0;background:none;color:inherit}
 #NAME td.n{text-align:right;font-variant-numeric:tabular-nums}
-#NAME .foot{display:flex;flex-wrap:wrap;gap:4px 40px;min-height:15em}
+#NAME .foot{display:flex;flex-wrap:wrap;gap:4px 40px;min-height:15em;align-items:flex-start}
 #NAME .what{opacity:.75}
 </style>
 <div class="bar" role="group" aria-label="what is shown"></div>
