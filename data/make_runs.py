@@ -55,7 +55,7 @@ def make(run):
     trainer = PPOTrainer(config=config, model=policy, tokenizer=tokenizer, advantages=how)
     if run.change:
         variants.CHANGES[run.change](trainer)
-    steps, started = [], time.perf_counter()
+    reward, steps, started = variants.reward_named(run.reward, run.seed), [], time.perf_counter()
 
     def note(trainer, stats):
         rollout = trainer.rollout
@@ -69,17 +69,13 @@ def make(run):
               f"clipped {row['clipped']} ratio {row['ratio']:.3f} explained {row['explained']} "
               f"{row['seconds']:.0f} s", flush=True)  # fmt: skip
 
-    trainer.train(
-        load_prompts(project_root() / CPU.prompts),
-        variants.reward_named(run.reward, run.seed),
-        steps=run.steps or CPU.steps,
-        on_step=note,
-    )
+    trainer.train(load_prompts(project_root() / CPU.prompts), reward, steps=run.steps or CPU.steps, on_step=note)
     seconds = time.perf_counter() - started
-    after = evaluated(trainer, run.split, run.samples)
-    head = dict(
-        experiment=run.experiment, condition=run.condition, seed=run.seed, config=vars(config), seconds=round(seconds, 1)
-    )
+    # By the profile's own sampler at its temperature, whatever the run sampled with: what is compared is what was learnt.
+    judge = PPOTrainer(config=CPU.ppo_config(seed=run.seed), model=policy, tokenizer=tokenizer)
+    after = evaluated(judge, run.split, run.samples)
+    head = dict(experiment=run.experiment, condition=run.condition, seed=run.seed, config=vars(config), profile=run.profile)
+    head |= dict(seconds=round(seconds, 1))
     write_log(
         log_file(run),
         head | dict(advantages=run.advantages, reward=run.reward, change=run.change, machine=processor()),
@@ -91,9 +87,9 @@ def make(run):
 def make_dpo(run):
     """One run of DPO on the course's pairs, and its log: a step has loss, accuracy and margin, and no texts."""
     from rlhf_helpers.course.gold import is_whole
+    from rlhf_helpers.dpo import dpo_rows, train_with_dpo
     from rlhf_helpers.models import load_policy
     from rlhf_helpers.trainer import PPOTrainer
-    from rlhf_helpers.trl_bridge import dpo_rows, train_with_dpo
 
     policy, tokenizer = load_policy(CPU, seed=run.seed)
     pairs, started = load_preferences(project_root() / CPU.prompts), time.perf_counter()
@@ -134,11 +130,15 @@ def main():
             print(f"{name:12s} {runs - len(left):3d} of {runs:3d} runs made, {minutes:5.0f} minutes left")
         print(f"{'':12s} {total / 60:.1f} hours left on two CPU cores")
         return
+    from rlhf_helpers import trl_bridge
+
     for name in names:
         for run in missing(name):
             if options.seeds is None or run.seed in options.seeds:
                 print(f"--- {run.name}, about {run.minutes:.0f} minutes", flush=True)
-                if run.experiment == "base":
+                if run.beta is not None and (why := trl_bridge.missing("DPOTrainer")):
+                    print(f"left out: {why}", flush=True)
+                elif run.experiment == "base":
                     make_base(run.condition, run.samples)
                 else:
                     make(run) if run.beta is None else make_dpo(run)

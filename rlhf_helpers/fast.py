@@ -135,7 +135,7 @@ def causal_bias(attention, width, most, dtype):
     changes."""
     seen = F.pad(attention.bool(), (0, most - attention.shape[1]))[:, None, None]
     if width > 1:
-        seen = seen & torch.ones(width, most, dtype=torch.bool, device=seen.device).tril()
+        seen = seen & torch.ones(width, most, dtype=torch.bool, device=seen.device).tril(attention.shape[1] - width)
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
@@ -202,7 +202,13 @@ def can_graph(lm):
     do not fit.)"""
     base = lm.get_base_model() if isinstance(lm, PeftModel) else lm
     cards = set(map(str, getattr(base, "hf_device_map", {}).values()))
-    return base.config.model_type in ("llama", "mistral", "qwen2", "qwen3") and base.device.type == "cuda" and len(cards) < 2
+    known = base.config.model_type in ("llama", "mistral", "qwen2", "qwen3") and base.config._attn_implementation in (
+        "eager",
+        "sdpa",
+    )
+    rope = (getattr(base.config, "rope_parameters", None) or {}).get("rope_type", "default")
+    fixed = "dynamic" not in str(rope) and not getattr(base, "is_loaded_in_8bit", False)  # nothing that looks at the numbers
+    return known and fixed and base.device.type == "cuda" and len(cards) < 2
 
 
 class Graphed:

@@ -26,6 +26,7 @@ class Rollout:
     sampler_logprobs: torch.Tensor = None  # the same as it was drawn; None where that is not known
     new_logprobs: torch.Tensor = None  # log pi in the update's latest pass
     first_logprobs: torch.Tensor = None  # log pi in its first pass, before anything moved; NaN for rows that it had not yet met
+    first_rows: torch.Tensor = None  # the rows that it met: those of the first optimizer step
     ref_logprobs: torch.Tensor = None  # the same under the reference
     values: torch.Tensor = None  # the value head's guess of what is still to come
     kl: torch.Tensor = None  # the penalised quantity, by default logprobs - ref_logprobs

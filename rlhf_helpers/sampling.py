@@ -8,6 +8,7 @@ they are equal to the last bit (see `fast.py`, which changes how soon a token co
 import contextlib
 import functools
 import hashlib
+import math
 from dataclasses import dataclass
 
 import torch
@@ -188,4 +189,8 @@ def reader_of(model, reference=None, unpacked=None):
         if unpacked:
             yield lm, functools.partial(fast.Reader, unpacked, not reference)
         else:
-            yield lm, functools.partial(fast.Graphed, lm) if fast.can_graph(lm) else None
+            window = (
+                getattr(lm.config.get_text_config(), "sliding_window", None) or math.inf
+            )  # which a whole mask would not know
+            graphed = lambda most: fast.Graphed(lm, most) if most <= window else Plain(lm, lm.device)
+            yield lm, graphed if fast.can_graph(lm) else None

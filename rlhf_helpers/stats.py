@@ -92,16 +92,15 @@ def step_stats(rollout, updates, kl_coef, eos_ids, total=ppo.alone):
     return stats
 
 
-def sampler_stats(rollout, accelerator, logprobs):
+def sampler_stats(rollout, accelerator, logprobs, rows=slice(None)):
     """How far the sampler is from the policy that learns, over all processes: with d = the sampler's minus the trainer's log-prob
     of a token (`logprobs`, (B, T)), objective/sampler_kl is e^-d - 1 + d summed over a response and averaged (k3, nats), and
-    objective/sampler_max_diff the largest |d|. Rows whose `logprobs` are NaN were not compared and do not count. Both are NaN
-    for responses that `generate` did not give."""
-    compared = ~logprobs.isnan().all(1)
-    if rollout.sampler_logprobs is None or not compared.any():
-        difference = torch.full_like(rollout.mask, math.nan, dtype=torch.float32)
+    objective/sampler_max_diff the largest |d|. Only `rows` count, those that were compared. Both are NaN for responses that
+    `generate` did not give."""
+    if rollout.sampler_logprobs is None:
+        difference = torch.full_like(rollout.mask, math.nan, dtype=torch.float32)[rows]
     else:
-        difference = torch.where(rollout.mask, rollout.sampler_logprobs - logprobs, 0.0)[compared]
+        difference = torch.where(rollout.mask, rollout.sampler_logprobs - logprobs, 0.0)[rows]
     per_response = (torch.exp(-difference) - 1 + difference).sum(1)
     total, count = accelerator.gather(torch.stack([per_response.sum(), torch.ones_like(per_response).sum()])).view(-1, 2).sum(0)
     largest = accelerator.gather(difference.abs().amax()[None])

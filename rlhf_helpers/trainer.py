@@ -42,7 +42,7 @@ class PPOTrainer:
         self.permutation = lambda n: torch.randperm(n, generator=self.generator).tolist()
         self.kl_coef = config.init_kl_coef
         self.steps_done, self.history, self.rollout = 0, [], None
-        self.sampler_is_exact = False  # until a step has shown that the sampler's log-probs are the trainer's, bit for bit
+        self.sampler_is_exact = False  # until a step has shown that the sampler's log-probs are the trainer's, to the bit; then the first group is compared
 
     @functools.cached_property
     def unpacked(self):
@@ -135,7 +135,8 @@ class PPOTrainer:
         updates = self._optimize(rollout)
         clock.lap("time/ppo/optimize_step")
         stats = step_stats(rollout, updates, self.kl_coef, self.eos_ids, self.total)
-        stats |= sampler_stats(rollout, self.accelerator, rollout.first_logprobs if skip else rollout.logprobs)
+        compared = (rollout.first_logprobs, rollout.first_rows) if skip else (rollout.logprobs,)
+        stats |= sampler_stats(rollout, self.accelerator, *compared)
         self.sampler_is_exact = stats["objective/sampler_max_diff"] == 0
         clock.lap("time/ppo/calc_stats")
         stats |= {"ppo/learning_rate": config.learning_rate, **clock.laps, "time/ppo/total": sum(clock.laps.values())}
@@ -216,7 +217,7 @@ class PPOTrainer:
             for group in order.split(self._group_size()):
                 updates += self._update(rollout, group)
                 if rollout.first_logprobs is None:  # those of this group were taken before anything moved
-                    rollout.first_logprobs = rollout.new_logprobs.clone()
+                    rollout.first_logprobs, rollout.first_rows = rollout.new_logprobs.clone(), group
             if config.early_stopping and updates[-1]["policy/policykl"] > 1.5 * config.target_kl:
                 break
         return updates

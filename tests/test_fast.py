@@ -146,7 +146,9 @@ def test_the_sampler_s_kl_is_k3_over_its_own_tokens_summed_over_a_response():
     assert stats["objective/sampler_kl"] == pytest.approx((k3(0.5) + k3(-1.0)) / 2, rel=1e-6)
     assert stats["objective/sampler_max_diff"] == 1
     nan = math.nan  # a row that was not compared
-    stats = sampler_stats(rollout, SimpleNamespace(gather=lambda x: x), torch.tensor([[-1.5, -2.0], [nan, nan]]))
+    stats = sampler_stats(
+        rollout, SimpleNamespace(gather=lambda x: x), torch.tensor([[-1.5, -2.0], [nan, nan]]), torch.tensor([0])
+    )
     assert stats["objective/sampler_kl"] == pytest.approx(k3(0.5), rel=1e-6) and stats["objective/sampler_max_diff"] == 0.5
 
 

@@ -91,9 +91,22 @@ def test_the_page_stands_alone_and_reads_where_scripts_do_not_run(stepped):
 def test_text_cannot_break_out_of_the_page(stepped):
     frame = json.loads(json.dumps(stepped[2]))
     frame["rows"][0]["prompt"] = "</script><b id='broken'>x</b><!--"
-    frame["rows"][0]["tokens"][0] = "<i>"
+    frame["rows"][0]["tokens"][:2] = ["<i>", "DATA"]
     page = inspector.page(frame)
     assert page.count("</script>") == 2 and "<i>" not in page.split('<script type="application/json">')[0]
+    data = json.loads(re.search(r'<script type="application/json">(.*?)</script>', page, re.DOTALL)[1])
+    assert data["frames"][0] == frame
+
+
+def test_half_a_character_waits_for_its_other_half():
+    """Tokens of a byte-level tokenizer may be parts of one."""
+
+    class Bytes:
+        all_special_ids = ()
+        decode = staticmethod(lambda ids: bytes(ids).decode("utf-8", errors="replace"))
+
+    pieces = inspector.pieces(Bytes, torch.tensor(list("a😀 b".encode())))
+    assert "".join(pieces) == "a😀 b" and pieces[1:4] == ["", "", ""] and pieces[4] == "😀"
 
 
 @pytest.mark.browser

@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_helpers import trl_bridge
+from rlhf_helpers import dpo, trl_bridge
 from rlhf_helpers.config import CPU, PPOConfig
 from rlhf_helpers.models import PolicyWithValueHead
 from rlhf_helpers.reward import RewardModel, pair_accuracy
@@ -203,7 +203,7 @@ def test_the_settings_correspond(tmp_path):
     config = CPU.ppo_config(gradient_accumulation_steps=2, missing_eos_penalty=1.0)
     args = trl_arguments(config, 7, tmp_path)
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps, args.num_mini_batches) == (8, 2, 1)
-    assert (args.total_episodes, args.response_length, args.kl_coef, args.temperature) == (7 * 16, 64, 0.1, 0.7)
+    assert (args.total_episodes, args.response_length, args.kl_coef, args.temperature) == (7 * 16, 64, 0.05, 0.7)
     for name in ("gamma", "lam", "cliprange", "cliprange_value", "vf_coef", "learning_rate", "seed", "missing_eos_penalty"):
         assert getattr(args, name) == getattr(config, name)
     args = trl_arguments(CPU.ppo_config(mini_batch_size=4, gradient_accumulation_steps=1), 7, tmp_path)
@@ -240,9 +240,9 @@ def test_trls_reward_trainer_learns_pairs_and_its_model_scores_as_it_was_trained
 def test_dpo_moves_the_adapters_in_fp32_and_prefers_the_chosen(nf4):
     policy, tokenizer = PolicyWithValueHead(nf4()), tiny.tokenizer()
     pairs = [dict(prompt=f"t{i} t{i + 1}", chosen="t20 t21 t22", rejected="t40 t41") for i in range(4, 20)]
-    rows = trl_bridge.dpo_rows(pairs, tokenizer, ended=lambda text: text.endswith("t22"))
+    rows = dpo.dpo_rows(pairs, tokenizer, ended=lambda text: text.endswith("t22"))
     assert rows[0] == dict(prompt_ids=[4, 5], chosen_ids=[20, 21, 22, EOS], rejected_ids=[40, 41])
-    history = trl_bridge.train_with_dpo(
+    history = dpo.train_with_dpo(
         policy, tokenizer, rows, beta=0.1, learning_rate=1e-2, epochs=4, batch_size=8, mini_batch_size=4
     )
     assert [row["step"] for row in history] == list(range(1, 9))

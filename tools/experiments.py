@@ -94,7 +94,11 @@ def recipes(experiment="recipes"):
             signed(np.nanmean(log.course_of("explained"))) if np.isfinite(log.course_of("explained")).any() else "not asked",
         ]
         rows.append([log.head["condition"], log.head["seed"], len(log.steps), *row_of(log), *acts])
-    return table(["recipe", "seed", "steps", *COLUMNS, "clipped", "ratio from 1", "value explains"], rows) if rows else NONE_YET
+    return (
+        table(["recipe", "seed", "steps", *COLUMNS, "clipped", "ratio from 1", "value explains"], rows)
+        if logs_of(experiment)
+        else NONE_YET
+    )
 
 
 def headline():

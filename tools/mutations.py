@@ -77,8 +77,8 @@ FAULTS = [
     Fault("attention's scores in fp32", "fast.py", "torch.matmul(query, keys.transpose(2, 3))",
           "torch.matmul(query.float(), keys.float().transpose(2, 3))", "fast"),
     Fault("rotated one place on", "fast.py", "lm.model.rotary_emb(x, positions)", "lm.model.rotary_emb(x, positions + 1)", "fast"),
-    Fault("a prompt that sees its future", "fast.py", "device=seen.device).tril()", "device=seen.device)", "fast"),
-    Fault("rows that were not compared count as equal", "stats.py", "difference = torch.where(rollout.mask, rollout.sampler_logprobs - logprobs, 0.0)[compared]",
+    Fault("a prompt that sees its future", "fast.py", "device=seen.device).tril(attention.shape[1] - width)", "device=seen.device)", "fast"),
+    Fault("rows that were not compared count as equal", "stats.py", "difference = torch.where(rollout.mask, rollout.sampler_logprobs - logprobs, 0.0)[rows]",
           "difference = torch.where(rollout.mask, rollout.sampler_logprobs - logprobs, 0.0).nan_to_num()", "fast"),
     Fault("gradient at another temperature", "fast.py", "slope.div_(ctx.temperature)", "slope", "fast"),
     # stats: what everything is judged by

@@ -88,10 +88,12 @@ ADVANTAGES = {  # where the advantage comes from
     "group_normalised": dict(settings=FOUR, advantages="group_normalised"),
 }
 
-CHANGES = {  # one at a time
-    "two_epochs_of_halves": dict(settings=dict(learning_rate=1e-3, ppo_epochs=2, gradient_accumulation_steps=1), minutes=9),
-    "four_epochs": dict(settings=dict(learning_rate=1e-3, ppo_epochs=4), minutes=13),
-    "four_epochs_without_clipping": dict(settings=dict(learning_rate=1e-3, ppo_epochs=4, cliprange=1e6), minutes=13),
+CHANGES = {  # one at a time; where a batch makes more steps, each is half as long
+    "two_epochs_of_halves_lr1e-3": dict(
+        settings=dict(learning_rate=1e-3, ppo_epochs=2, gradient_accumulation_steps=1), minutes=9
+    ),
+    "four_epochs_lr1e-3": dict(settings=dict(learning_rate=1e-3, ppo_epochs=4), minutes=13),
+    "four_epochs_lr1e-3_without_clipping": dict(settings=dict(learning_rate=1e-3, ppo_epochs=4, cliprange=1e6), minutes=13),
     "lambda_0.95": dict(settings=dict(lam=0.95)),
     "no_whitening": dict(advantages="unwhitened"),
     "value_loss_detached": dict(change="detach_value_loss"),

@@ -7,6 +7,7 @@ import hashlib
 import html as escaping
 import json
 import math
+import re
 
 import torch
 
@@ -19,8 +20,8 @@ SIGNALS = {  # key: (name on the page, what it is)
     "price": ("price of KL", "what the token pays for its KL: -\u03b2 \u00d7 KL"),
     "reward": ("reward", "the price, and on the last token the score"),
     "value": ("value", "what the value head expects before this token"),
-    "return": ("return", "what came, from this token on"),
-    "raw": ("return \u2212 value", "the advantage before whitening, where \u03bb is 1"),
+    "return": ("return", "value and advantage before whitening; where \u03bb is 1, what came from this token on"),
+    "raw": ("return \u2212 value", "the advantage before whitening"),
     "advantage": ("advantage", "what the update weighs the token with"),
     "change": ("change", "log-prob after the update, less before; nats"),
 }
@@ -66,7 +67,7 @@ def pieces(tokenizer, ids):
         if i in special:
             texts.append(tokenizer.convert_ids_to_tokens(i))
             continue
-        text = tokenizer.decode([j for j in ids[:n].tolist() if j not in special])
+        text = tokenizer.decode([j for j in ids[:n].tolist() if j not in special]).rstrip("\ufffd")  # half a character waits
         texts.append(text[len(done) :] if text.startswith(done) else tokenizer.decode([i]))
         done = text
     return texts
@@ -134,14 +135,15 @@ def page(frames, signal="advantage"):
     frames = frames if isinstance(frames, list) else [frames]
     present = [name for name in SIGNALS if name in frames[0]["rows"][0]["numbers"]]
     data = dict(frames=frames, signals={name: SIGNALS[name] for name in present}, signal=signal)
-    packed = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/").replace("<!--", "<\\!--")
+    packed = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     name = "inspector-" + hashlib.sha1(packed.encode(), usedforsecurity=False).hexdigest()[:10]
     first = frames[0]["rows"][0]
     plain = "".join(
         f'<span title="{escaping.escape(f"{SIGNALS[signal][0]} {number}")}">{escaping.escape(token)}</span>'
         for token, number in zip(first["tokens"], first["numbers"][signal])
     )  # what is read where scripts do not run
-    return TEMPLATE.replace("NAME", name).replace("PLAIN", plain).replace("DATA", packed)
+    parts = dict(NAME=name, PLAIN=plain, DATA=packed)
+    return re.sub("NAME|PLAIN|DATA", lambda part: parts[part[0]], TEMPLATE)  # in one go: a token may read DATA
 
 
 TEMPLATE = """<div id="NAME" class="rlhf-inspector">
@@ -170,7 +172,7 @@ font:15px/1.6 system-ui,sans-serif;border:1px solid var(--line);border-radius:8p
 <script type="application/json">DATA</script>
 <script>
 (function(){
-const root=document.getElementById("NAME"),D=JSON.parse(root.querySelector("script[type='application/json']").textContent);
+const root=[...document.querySelectorAll('[id="NAME"]')].find(r=>!r.dataset.on);if(!root)return;root.dataset.on=1;const D=JSON.parse(root.querySelector("script[type='application/json']").textContent);
 const at={f:D.frames.length-1,r:0,t:-1,s:D.signal},bar=root.querySelector(".bar"),text=root.querySelector(".text"),foot=root.querySelector(".foot");
 const el=(tag,props,...kids)=>{const e=Object.assign(document.createElement(tag),props||{});kids.forEach(k=>e.append(k));return e};
 const row=()=>D.frames[at.f].rows[at.r],show=x=>x===null||x===undefined?"\\u2013":(x<0?"\\u2212":"")+Math.abs(x).toFixed(Math.abs(x)>=10?1:Math.abs(x)>=1?2:3);
@@ -180,8 +182,8 @@ const pick=(label,list,get,set)=>{const s=el("select",{onchange:()=>{set(+s.valu
 s.setAttribute("aria-label",label);const box=el("label",{},label+" ",s);box.sync=()=>{s.value=get()};bar.append(box);return box};
 const names=Object.keys(D.signals),controls=[
 pick("show",names.map(n=>D.signals[n][0]),()=>names.indexOf(at.s),i=>{at.s=names[i]}),
-pick("response",D.frames[0].rows.map((r,i)=>(i+1)+" \\u00b7 "+r.prompt.slice(0,48)),()=>at.r,i=>{at.r=i;at.t=-1})];
-if(D.frames.length>1){const slide=el("input",{type:"range",min:0,max:D.frames.length-1,step:1,oninput:()=>{at.f=+slide.value;at.t=-1;draw()}}),out=el("output");
+pick("response",D.frames.reduce((a,b)=>b.rows.length>a.rows.length?b:a).rows.map((r,i)=>(i+1)+" \\u00b7 "+r.prompt.slice(0,48)),()=>at.r,i=>{at.r=Math.min(i,D.frames[at.f].rows.length-1);at.t=-1})];
+if(D.frames.length>1){const slide=el("input",{type:"range",min:0,max:D.frames.length-1,step:1,oninput:()=>{at.f=+slide.value;at.r=Math.min(at.r,D.frames[at.f].rows.length-1);at.t=-1;draw()}}),out=el("output");
 slide.setAttribute("aria-label","step");const box=el("label",{},"step ",slide," ",out);box.sync=()=>{slide.value=at.f;out.textContent=D.frames[at.f].label};bar.append(box);controls.push(box)}
 const legend=el("span",{className:"what"});bar.append(legend);
 function detail(){foot.replaceChildren();const r=row();

@@ -1,6 +1,8 @@
 """What the experiments change of a run that no setting of PPOConfig changes: how rewards become advantages, what the value loss
 reaches, a sampler that is merely close to the policy, and reward models from less data or from several members."""
 
+import math
+
 import torch
 
 from rlhf_helpers import advantages, fast, ppo
@@ -33,6 +35,8 @@ def truncated(rollout, config, total=ppo.alone, most=2.0):
     """GAE, times the ratio of policy to sampler of each token, at most `most`: truncated importance weights for a sampler that is
     not quite the policy (Yao, Liu et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training")."""
     found, returns = gae_advantages(rollout, config, total)
+    if rollout.sampler_logprobs is None:  # responses from elsewhere
+        return found, returns
     weights = torch.exp(rollout.logprobs - rollout.sampler_logprobs).clamp(max=most)
     return torch.where(rollout.mask, found * weights, 0.0), returns
 
@@ -81,17 +85,26 @@ def round_to_int8(weight):
 
 def sample_merged(trainer):
     """Sample from a merged copy of the policy, made anew for every batch."""
-    trainer.unpacked, generate = Merged(trainer.model.pretrained_model), trainer.generate
+    trainer.unpacked = Merged(trainer.model.pretrained_model)
+    never_trusted(trainer, trainer.unpacked.renew)
+
+
+def never_trusted(trainer, before=lambda: None):
+    """Call `before` before every batch; and let the policy score every sample itself, also after the first step, at which adapters
+    that are still 0 make any sampler look exact."""
+    generate = trainer.generate
 
     def renewed(*args, **options):
-        trainer.unpacked.renew()
+        trainer.sampler_is_exact = False
+        before()
         return generate(*args, **options)
 
     trainer.generate = renewed
 
 
 def sample_int8(trainer):
-    """Sample with weights rounded to 8 bits, the adapters beside them."""
+    """Sample with the layers' weights rounded to 8 bits, the adapters beside them; the head stays as it is."""
+    never_trusted(trainer)
     trainer.unpacked = fast.Unpacked(trainer.model.pretrained_model)
     for layer in trainer.unpacked.layers:
         for place, modules in enumerate(layer.modules):
@@ -106,11 +119,11 @@ CHANGES = dict(detach_value_loss=detach_value_loss, sample_merged=sample_merged,
 
 
 def small_reward_model(pairs, seed):
-    """A reward model from the first `pairs` pairs of a shuffle by `seed`, and as many steps as 600 pairs take in two epochs, at
-    least (so that a small one has seen its pairs more often, and is not merely unfinished). Kept in output/."""
+    """A reward model from the first `pairs` pairs of a shuffle by `seed`, and at least as many steps as 600 pairs take in two
+    epochs, 74 of 16 pairs (so that a small one has seen its pairs more often, and is not merely unfinished). Kept in output/."""
     every = load_preferences(project_root() / DATA_FILE)
     order = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))[:pairs]
-    return kept(f"pairs_{pairs}_seed{seed}", [every[i] for i in order], seed, epochs=max(2, round(1200 / pairs)))
+    return kept(f"pairs_{pairs}_seed{seed}", [every[i] for i in order], seed, epochs=math.ceil(74 / (pairs // 16)))
 
 
 class Ensemble:
