@@ -17,7 +17,7 @@ from peft import PeftModel
 from transformers import LlamaForCausalLM
 from transformers.cache_utils import Cache, StaticLayer
 
-from rlhf_helpers.models import last_hidden
+from rlhf_helpers.models import at_the_last
 from rlhf_helpers.quirks import is_4bit_layer
 
 STACKS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
@@ -239,16 +239,7 @@ class Graphed:
         return [output.clone() for output in self.outputs]
 
     def forward(self, tokens, bias, positions, last):
-        with last_hidden(self.lm) as hidden:
-            logits = self.lm(
-                input_ids=tokens,
-                attention_mask=bias,
-                position_ids=positions,
-                past_key_values=self.cache,
-                use_cache=True,
-                logits_to_keep=last,
-            ).logits
-        return logits[:, -1], hidden[-1][:, -1]
+        return at_the_last(self.lm, tokens, bias, positions, self.cache, last)[:2]
 
 
 class TokenLogprobs(torch.autograd.Function):

@@ -194,6 +194,21 @@ def last_hidden(lm):
         hook.remove()
 
 
+def at_the_last(lm, tokens, attention, positions, cache, last):
+    """(logits (B, V), last hidden states (B, H), the cache) after reading `tokens` (B, n); `last`, the tensor [n - 1], is the one
+    place that the head runs on (the number 1 would copy the head B times)."""
+    with last_hidden(lm) as hidden:
+        out = lm(
+            input_ids=tokens,
+            attention_mask=attention,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=last,
+        )
+    return out.logits[:, -1], hidden[-1][:, -1], out.past_key_values
+
+
 class ValueHead(nn.Module):
     """One number per token from the policy's last hidden state (B, T, H), in fp32; starts at zero everywhere."""
 

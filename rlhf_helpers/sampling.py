@@ -15,7 +15,7 @@ import torch
 
 from rlhf_helpers import fast
 from rlhf_helpers.errors import InputError
-from rlhf_helpers.models import last_hidden, positions_of
+from rlhf_helpers.models import at_the_last, positions_of
 
 # What `generate` takes so that calls written for TRL keep working; any other value would change what is sampled.
 NEUTRAL = {
@@ -80,18 +80,9 @@ class Plain:
         self.least_rows = fast.enough_rows() if device is None or device.type == "cpu" else 1
 
     def read(self, tokens, attention, positions):
-        last = torch.tensor([tokens.shape[1] - 1], device=tokens.device)  # the number 1 would copy the head B times
-        with last_hidden(self.lm) as hidden:
-            out = self.lm(
-                input_ids=tokens,
-                attention_mask=attention,
-                position_ids=positions,
-                past_key_values=self.cache,
-                use_cache=True,
-                logits_to_keep=last,
-            )
-        self.cache = out.past_key_values
-        return out.logits[:, -1], hidden[-1][:, -1]
+        last = torch.tensor([tokens.shape[1] - 1], device=tokens.device)
+        logits, hidden, self.cache = at_the_last(self.lm, tokens, attention, positions, self.cache, last)
+        return logits, hidden
 
 
 @dataclass

@@ -127,6 +127,11 @@ def headline():
             mean, (low, high) = two_level_interval(apart)
             verdict = "more than" if low > 0 else "less than" if high < 0 else "a tie with"
             lines.append(f"- In {title} {verdict} best of {n}: {spread((mean, (low, high)))}.")
+    each = lambda what: [what(log) for log in logs]
+    across = lambda values, form: f"{np.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+    lines.append(f"- Mean and range of the seeds: KL {across(each(lambda log: log.kl), '.1f')} nats, whole answers "
+                 f"{across(each(lambda log: log.whole), '.0%')}, distinct pairs {across(each(lambda log: log.distinct2), '.2f')}, "
+                 f"minutes of PPO on two cores {across(each(lambda log: log.head['seconds'] / 60), '.1f')}.")  # fmt: skip
     lines.append(f"- {len(logs)} of 10 seeds are made.")
     return "\n".join(lines)
 
