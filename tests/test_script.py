@@ -270,8 +270,8 @@ def test_fresh_begins_anew_and_keeps_the_old_run_until_the_new_one_has_begun(hom
 
 
 OTHER = {
-    "a learning rate": (["--learning_rate", 0.1], "its run has --learning_rate 0.001, not 0.1;"),
-    "a seed before a batch": (["--seed", 1, "--ppo_epochs", 3], "its run has --ppo_epochs 2, not 3;"),
+    "a learning rate": (["--learning_rate", 0.1], "its run has --learning_rate 0.002, not 0.1;"),
+    "a seed before a batch": (["--seed", 1, "--ppo_epochs", 3], "its run has --ppo_epochs 1, not 3;"),
     "prompts": (["--prompts", "few.jsonl"], "its run has --prompts (sha256) "),
     "held-out prompts": (["--heldout", "other.jsonl"], "its run has --heldout (sha256) "),
     "a profile": (["--profile", "gpu", "--gradient_accumulation_steps", 2], "its run has --profile cpu, not gpu;"),
