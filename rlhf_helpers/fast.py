@@ -202,10 +202,8 @@ def can_graph(lm):
     do not fit.)"""
     base = lm.get_base_model() if isinstance(lm, PeftModel) else lm
     cards = set(map(str, getattr(base, "hf_device_map", {}).values()))
-    known = base.config.model_type in ("llama", "mistral", "qwen2", "qwen3") and base.config._attn_implementation in (
-        "eager",
-        "sdpa",
-    )
+    known = base.config.model_type in ("llama", "mistral", "qwen2", "qwen3")
+    known &= base.config._attn_implementation in ("eager", "sdpa")
     rope = (getattr(base.config, "rope_parameters", None) or {}).get("rope_type", "default")
     fixed = "dynamic" not in str(rope) and not getattr(base, "is_loaded_in_8bit", False)  # nothing that looks at the numbers
     return known and fixed and base.device.type == "cuda" and len(cards) < 2

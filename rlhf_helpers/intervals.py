@@ -27,5 +27,5 @@ def two_level_interval(values, draws=DRAWS, seed=0):
     counts = lambda n: rng.multinomial(n, np.full(n, 1 / n), size=draws) / n  # how often each was drawn, (draws, n)
     resampled = np.einsum("ds,sp,dp->d", counts(seeds), values, counts(prompts))
     mean, (low, high) = float(values.mean()), quantiles(resampled)
-    wider = STUDENT.get(seeds, 1.96) / 1.96 * (seeds / (seeds - 1)) ** 0.5 if 1 < seeds < 6 else 1.0
+    wider = STUDENT[seeds] / 1.96 * (seeds / (seeds - 1)) ** 0.5 if seeds in STUDENT else 1.0
     return mean, (mean + wider * (low - mean), mean + wider * (high - mean))

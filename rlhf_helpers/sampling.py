@@ -180,8 +180,7 @@ def reader_of(model, reference=None, unpacked=None):
         if unpacked:
             yield lm, functools.partial(fast.Reader, unpacked, not reference)
         else:
-            window = (
-                getattr(lm.config.get_text_config(), "sliding_window", None) or math.inf
-            )  # which a whole mask would not know
+            # Beyond a sliding window the plain way is taken: a mask that is given whole does not know it.
+            window = getattr(lm.config.get_text_config(), "sliding_window", None) or math.inf
             graphed = lambda most: fast.Graphed(lm, most) if most <= window else Plain(lm, lm.device)
             yield lm, graphed if fast.can_graph(lm) else None

@@ -42,7 +42,8 @@ class PPOTrainer:
         self.permutation = lambda n: torch.randperm(n, generator=self.generator).tolist()
         self.kl_coef = config.init_kl_coef
         self.steps_done, self.history, self.rollout = 0, [], None
-        self.sampler_is_exact = False  # until a step has shown that the sampler's log-probs are the trainer's, to the bit; then the first group is compared
+        # Whether the last step has shown that the sampler's log-probs are the trainer's, to the bit, on all that it compared.
+        self.sampler_is_exact = False
 
     @functools.cached_property
     def unpacked(self):

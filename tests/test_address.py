@@ -36,12 +36,15 @@ def texts(root):
 
 
 def test_a_fork_has_its_own_address_everywhere_and_the_old_one_comes_back(copy, monkeypatch, tmp_path):
+    near, old = copy / "near.txt", REPOSITORY.encode()
+    near.write_bytes(b"caf\xe9 " + old + b"-other")  # another encoding, and a longer name
     before = texts(copy)
     changed = address.rewrite(copy, FORK)
+    assert near.relative_to(copy) not in changed
     assert Path("rlhf_helpers/config.py") in changed and len([path for path in changed if path.suffix == ".ipynb"]) >= 8
     after = texts(copy)
     owner_and_name = "/".join(REPOSITORY.split("/")[-2:]).encode()
-    assert [path for path, text in after.items() if owner_and_name in text] == []
+    assert [path for path, text in after.items() if owner_and_name in text] == [Path("near.txt")]
     assert {path for path in before if before[path] != after[path]} == set(changed)
     for notebook in sorted((copy / "notebooks").glob("*.ipynb")):
         text = notebook.read_text(encoding="utf-8")

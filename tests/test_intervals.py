@@ -39,3 +39,11 @@ def test_the_two_level_interval_covers_the_true_mean_about_as_often_as_it_says()
         low, high = two_level_interval(values, draws=400)[1]
         covered += low <= 1.0 <= high
     assert 85 <= covered <= 100
+
+
+def test_of_few_seeds_the_interval_is_as_wide_as_student_s_t():
+    """Three seeds that differ, over prompts that do not: the mean, give or take 4.30 standard errors (to a bootstrap's shape)."""
+    values = np.array([0.0, 1.0, 2.0])[:, None] + np.zeros((3, 50))
+    mean, (low, high) = two_level_interval(values)
+    error = values[:, 0].std(ddof=1) / 3**0.5
+    assert mean == 1.0 and high - 1 > 3.3 * error and 1 - low > 3.3 * error

@@ -33,28 +33,28 @@ def origin(root):
 
 def current(root):
     """The address that rlhf_helpers/config.py has."""
-    return re.search(r'^REPOSITORY = "(.+?)"', (root / "rlhf_helpers" / "config.py").read_text(encoding="utf-8"), re.MULTILINE)[
-        1
-    ]
+    text = (root / "rlhf_helpers" / "config.py").read_text(encoding="utf-8")
+    return re.search(r'^REPOSITORY = "(.+?)"', text, re.MULTILINE)[1]
 
 
 def rewrite(root, new):
     """Put the address `new` in place of the old one. Returns the files that changed, relative to `root`."""
     old, changes = current(root), {}
-    parts = [(address.removeprefix("https://github.com/"), address.rpartition("/")[2]) for address in (old, new)]
-    (old_path, old_name), (new_path, new_name) = parts
+    paths = [address.removeprefix("https://github.com/") for address in (old, new)]
+    swaps = [tuple(place + path for path in paths) for place in ("github.com/", "github/")]  # the second is Colab's
+    swaps.append(tuple("/content/" + path.rpartition("/")[2] for path in paths))
     for path in sorted(root.rglob("*")):
         relative = path.relative_to(root)
         if path.suffix in KINDS and path.is_file() and not ELSEWHERE & set(relative.parts):
-            text = path.read_text(encoding="utf-8")
-            made = text.replace(f"github.com/{old_path}", f"github.com/{new_path}").replace(
-                f"github/{old_path}", f"github/{new_path}"
-            )
-            made = made.replace(f"/content/{old_name}", f"/content/{new_name}")
+            made = text = path.read_bytes().decode(
+                "utf-8", errors="surrogateescape"
+            )  # somebody's file may be in another encoding
+            for before, after in swaps:
+                made = re.sub(re.escape(before) + r"(?![\w-])", after, made)  # not the beginning of a longer name
             if made != text:
                 changes[relative] = made
     for relative, text in changes.items():
-        (root / relative).write_text(text, encoding="utf-8", newline="\n")
+        (root / relative).write_bytes(text.encode("utf-8", errors="surrogateescape"))
     return list(changes)
 
 
