@@ -79,8 +79,7 @@ PRICES = {
     for price in (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
 }
 
-ADVANTAGES = {  # where the advantage comes from
-    "value_head": {},
+ADVANTAGES = {  # where the advantage comes from; "value head" with an answer a prompt is the headline's
     "value_head_four_answers": dict(settings=FOUR),
     "batch_mean": dict(advantages="batch_mean"),
     "leave_one_out": dict(settings=FOUR, advantages="leave_one_out"),
