@@ -5,6 +5,10 @@ that a kill costs one run, and the next call goes on with what is missing. `--li
     python data/make_runs.py --all                    everything that is missing, in this order
     python data/make_runs.py --only headline prices   these experiments
     python data/make_runs.py --only headline --seeds 0 1
+    OMP_NUM_THREADS=1 python data/make_runs.py --all --part 1/2     every other run; and --part 2/2 beside it
+
+Two processes of one thread each make a step in 15 seconds, together one in 7.5; one process of two threads needs 9 for one (two slow
+cores). Seconds in the logs are then those of half a machine.
 
 A log (rlhf_helpers/course/runs.py reads it) has the settings, every step's stats, prompts, texts and scores, and the texts of the
 last evaluation, so that another rule can be applied to a run later. Recipes are compared on the dev prompts with seeds from 100;
@@ -112,12 +116,24 @@ def make_base(split, samples):
     write_log(log_file(Run("base", split, 0)), dict(experiment="base", condition=split, seed=0, samples=samples), [], after)
 
 
+def part(text):
+    """(K, N) of "K/N"."""
+    try:
+        k, n = map(int, text.split("/"))
+    except ValueError:
+        k = n = 0
+    if not 1 <= k <= n:
+        raise argparse.ArgumentTypeError(f"{text!r} is no part; expected K/N with K from 1 to N, such as 1/2")
+    return k, n
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="make everything that is missing")
     parser.add_argument("--list", action="store_true", help="say what is missing")
     parser.add_argument("--only", nargs="+", metavar="EXPERIMENT", choices=list(EXPERIMENTS))
     parser.add_argument("--seeds", nargs="+", type=int)
+    parser.add_argument("--part", type=part, default=(1, 1), metavar="K/N", help="every N-th run, from the K-th on")
     options = parser.parse_args()
     names = options.only or list(EXPERIMENTS)
     if options.list or not (options.all or options.only):
@@ -133,7 +149,7 @@ def main():
     from rlhf_helpers import trl_bridge
 
     for name in names:
-        for run in missing(name):
+        for run in missing(name, *options.part):
             if options.seeds is None or run.seed in options.seeds:
                 print(f"--- {run.name}, about {run.minutes:.0f} minutes", flush=True)
                 if run.beta is not None and (why := trl_bridge.missing("DPOTrainer")):

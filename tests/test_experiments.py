@@ -1,6 +1,8 @@
 """The experiments: their logs, what is missing, and that the page says what the logs say."""
 
 import json
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from rlhf_helpers.course.variants import ADVANTAGES, CHANGES
 from rlhf_helpers.data import load_prompts
 from tools import experiments as page
 
+ROOT = Path(__file__).resolve().parent.parent
 STEP = dict(kl=0.5, explained=None, prompts=["What is tea?"], texts=["Tea is a drink."], scores=[0.25], kls=[0.5])
 
 
@@ -51,6 +54,23 @@ def test_a_run_is_missing_until_its_log_is_there(home, monkeypatch):
     assert experiments.missing("headline") == some
     runs.write_log(experiments.log_file(some[0]), dict(seed=0), [], after(["x", "y"], [0.0, 0.0]))
     assert experiments.missing("headline") == some[1:]
+
+
+def test_the_parts_of_an_experiment_are_all_of_it_whatever_is_made(home, monkeypatch):
+    runs_of_it = [experiments.Run("prices", "one", seed) for seed in range(5)]
+    monkeypatch.setitem(experiments.EXPERIMENTS, "prices", runs_of_it)
+    assert experiments.missing("prices", 1, 2) == runs_of_it[::2] and experiments.missing("prices", 2, 2) == runs_of_it[1::2]
+    runs.write_log(experiments.log_file(runs_of_it[0]), dict(seed=0), [], after(["x", "y"], [0.0, 0.0]))
+    assert experiments.missing("prices", 2, 2) == runs_of_it[1::2]
+
+
+@pytest.mark.parametrize("text", ["3/2", "0/2", "1", "a/b"])
+def test_a_part_that_is_none_is_refused_in_one_sentence(text, monkeypatch, capsys):
+    script = ROOT / "data" / "make_runs.py"
+    monkeypatch.setattr("sys.argv", [str(script), "--all", "--part", text])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(script, run_name="__main__")
+    assert end.value.code == 2 and f"'{text}' is no part" in capsys.readouterr().err
 
 
 def test_every_run_has_settings_that_exist_and_a_name_of_its_own():

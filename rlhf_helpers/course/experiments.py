@@ -32,9 +32,9 @@ def log_file(run):
     return project_root() / "data" / "runs" / f"{run.name}.jsonl.gz"
 
 
-def missing(experiment):
-    """The runs of an experiment without a log."""
-    return [run for run in EXPERIMENTS[experiment] if not log_file(run).exists()]
+def missing(experiment, part=1, parts=1):
+    """The runs of an experiment without a log; of `parts` parts of all its runs the `part`-th."""
+    return [run for run in EXPERIMENTS[experiment][part - 1 :: parts] if not log_file(run).exists()]
 
 
 def each(experiment, conditions, seeds, **common):
