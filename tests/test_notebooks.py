@@ -243,9 +243,21 @@ def test_it_leads_on_to_the_next_notebook(notebook):
 
 def test_the_pictures_of_the_readme_are_those_that_the_notebooks_stored():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert sorted(re.findall(r"!\[[^\]]{20,}\]\(([^)]+)\)", readme)) == sorted(readme_pictures.PICTURES)
+    shown = re.findall(r"!\[[^\]]{20,}\]\(([^)]+)\)", readme)
+    assert sorted(shown) == sorted(
+        [*readme_pictures.PICTURES, "docs/inspector.png"]
+    )  # the last: tools/inspector_page.py --picture
     stored = [png for notebook in NOTEBOOKS for _, output in outputs(notebook) for png in images(output).values()]
     assert [file for file in readme_pictures.PICTURES if (ROOT / file).read_bytes() not in stored] == []
+
+
+def test_before_and_after_in_the_readme_is_the_middle_one():
+    page = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    (prompt, before, after) = re.findall(
+        r"^\| median \| (.+?) \| (.+?) \(reward.*?\) \| (.+?) \(reward.*?\) \|$", page, re.MULTILINE
+    )[0]
+    shown = re.findall(r"^> (.+)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert shown == [prompt, f"before: {before}", f"after: {after}"]
 
 
 # ---------------------------------------------------------------- CONTRIBUTING

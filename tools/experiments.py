@@ -136,6 +136,23 @@ def headline():
     return "\n".join(lines)
 
 
+def samples():
+    """First answers to three test prompts, before and after (seed 0): those where the gain in reward is at its quartiles."""
+    before, after = base("test"), next(iter(logs_of("headline")), None)
+    if before is None or after is None:
+        return NONE_YET
+    first = [[np.asarray(x).reshape(len(set(log.judged)), -1)[:, 0] for x in (log.rewards, log.gold, log.after["responses"])]
+             for log in (before, after)]  # fmt: skip
+    order, rows = np.argsort(first[1][0] - first[0][0], kind="stable"), []
+    for quarter, name in enumerate(("lower quartile", "median", "upper quartile"), 1):
+        at = order[round(quarter / 4 * (len(order) - 1))]
+        texts = [f"{text[at].strip()} (reward {reward[at]:+.2f}, gold {gold[at]:.1f})" for reward, gold, text in first]
+        rows.append(
+            [name, list(dict.fromkeys(after.judged))[at], *(" ".join(text.split()).replace("|", "\\|") for text in texts)]
+        )
+    return table(["gain", "prompt", "before", "after"], rows)
+
+
 def compared(experiment):
     """An experiment of several conditions: means over its seeds, and the gain's interval over seeds and prompts."""
     found = {}
@@ -233,6 +250,7 @@ BLOCKS = dict(
     recipes=recipes,
     recipes_on_a_card=lambda: recipes("recipes_on_a_card"),
     headline=headline,
+    samples=samples,
     still_to_make=still_to_make,
 )
 BLOCKS |= {name: (lambda name=name: compared(name)) for name in EXPERIMENTS if name not in BLOCKS and name != "base"}

@@ -1,9 +1,13 @@
 """Make docs/inspector.html, a page to touch without installation: `python tools/inspector_page.py` (a quarter of an hour on two cores).
 
 Two runs with the same seed and prompts: the profile's, and the one of notebook 07 without a price on KL. Both are recorded on four
-held-out prompts; the page needs nothing but itself."""
+held-out prompts; the page needs nothing but itself. `--picture` takes docs/inspector.png from the page that is there, by headless Chromium."""
 
+import argparse
 import math
+import shutil
+import subprocess
+import tempfile
 from pathlib import Path
 
 from rlhf_helpers.config import CPU, project_root
@@ -50,14 +54,36 @@ def recorded(settings, steps, every):
     return recorder.frames
 
 
+def picture(page, file, token=6):
+    """A screenshot of the page's beginning with all numbers of one token of its first answer, as if it were pointed at."""
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        raise SystemExit("no Chromium here (Debian: apt install chromium)")
+    point = f"document.querySelectorAll('.rlhf-inspector .text span')[{token}].dispatchEvent(new MouseEvent('mouseenter'))"
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "page.html"
+        copy.write_text(
+            page.read_text(encoding="utf-8").replace("</body>", f"<script>{point}</script></body>"), encoding="utf-8"
+        )
+        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--force-device-scale-factor=1.5"]
+        size = ["--window-size=1020,760", f"--user-data-dir={folder}/profile"]
+        subprocess.run([chromium, *flags, *size, f"--screenshot={file}", copy.as_uri()], check=True, stderr=subprocess.DEVNULL)
+
+
 def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--picture", action="store_true", help="only the screenshot")
+    docs = HERE.parent / "docs"
+    if parser.parse_args().picture:
+        return picture(docs / "inspector.html", docs / "inspector.png")
     parts = [TOP]
     for title, (words, settings, steps, every) in RUNS.items():
         parts.append(f"<h2>{title}</h2>\n<p>{words.replace('`make run`', '<code>make run</code>')}</p>\n")
         parts.append(inspector.page(recorded(settings, steps, every), signal="kl") + "\n")
         print(title, "recorded", flush=True)
     text = "".join([*parts, "</body></html>\n"])
-    (HERE.parent / "docs" / "inspector.html").write_text(text, encoding="utf-8")
+    (docs / "inspector.html").write_text(text, encoding="utf-8")
+    picture(docs / "inspector.html", docs / "inspector.png")
     print(f"docs/inspector.html: {len(text.encode()) // 1000} kB")
 
 
