@@ -1,5 +1,5 @@
 """A real browser: JupyterLab opens a notebook in headless Chromium and runs it, as a learner would; then the figures are looked
-for on the screen. Chromium is driven over its own DevTools protocol: https://chromedevtools.github.io/devtools-protocol/"""
+for on the screen. A tiny notebook every time, the course's own among the slow tests. Chromium is driven over its own DevTools protocol: https://chromedevtools.github.io/devtools-protocol/"""
 
 import base64
 import io
@@ -21,9 +21,19 @@ SCREENS = ROOT / "output" / "screens"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
 LIMIT = 1200  # seconds for one notebook; two minutes where nothing else runs
+WHOLE = pytest.mark.slow  # minutes; without a browser the notebooks run in `make test`, too (nbval)
 FIGURES = [
-    ("04_ppo_step_by_step", "plots.token_heatmap(tokenizer, rollout, best)"),
-    ("05_ppo_training_loop", "plots.LiveCurves("),
+    pytest.param("tiny", "plots.token_heatmap(", id="a heat map"),
+    pytest.param("tiny", "plots.LiveCurves(", id="a live figure"),
+    pytest.param("04_ppo_step_by_step", "plots.token_heatmap(tokenizer, rollout, best)", id="the heat map of 04", marks=WHOLE),
+    pytest.param("05_ppo_training_loop", "plots.LiveCurves(", id="the live figure of 05", marks=WHOLE),
+]
+TINY = [  # a notebook that trains a tiny model and shows what 04 and 05 show
+    "from rlhf_helpers.course import plots\nfrom tests import tiny\ntrainer = tiny.trainer()\nqueries, _, scores = tiny.batch()",
+    """with plots.LiveCurves(3, every=0) as live:
+    for _ in range(3):
+        live(trainer, trainer.step(queries, trainer.generate(queries), scores))""",
+    """plots.show(plots.token_heatmap(trainer.tokenizer, trainer.rollout, 0), alt="one response, four times")""",
 ]
 
 websocket = pytest.importorskip("websocket", reason="no websocket-client: pip install -e .[lab,test,trl]")
@@ -146,6 +156,12 @@ def up_to_the_figure(notebook, source):
     return json.dumps(content)
 
 
+def tiny_notebook():
+    cell = lambda source: dict(cell_type="code", source=source, metadata={}, outputs=[], execution_count=None)
+    kernel = dict(name="python3", display_name="Python 3", language="python")
+    return json.dumps(dict(cells=list(map(cell, TINY)), metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=4))
+
+
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     """The address of a JupyterLab on a copy of the notebooks. Models and data are those of the repository (RLHF_HOME)."""
@@ -154,14 +170,15 @@ def lab(tmp_path_factory):
     news = {"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}}  # asks to fetch news, in a pop-up
     (folder / "config" / "labconfig" / "page_config.json").write_text(json.dumps(news))
     (folder / "course").mkdir()
-    for name, source in FIGURES:
+    (folder / "course" / "tiny.ipynb").write_text(tiny_notebook())
+    for name, source in (case.values for case in FIGURES if case.marks):
         (folder / "course" / f"{name}.ipynb").write_text(up_to_the_figure(ROOT / "notebooks" / f"{name}.ipynb", source))
     port = free_port()
     settings = {"ServerApp.ip": "127.0.0.1", "ServerApp.port": port, "ServerApp.port_retries": 0,
                 "ServerApp.root_dir": folder / "course", "LabApp.workspaces_dir": folder / "workspaces",
                 "LabApp.expose_app_in_browser": True, "IdentityProvider.token": ""}  # fmt: skip
     own = {"JUPYTER_CONFIG_DIR": folder / "config", "JUPYTER_RUNTIME_DIR": folder / "runtime", "IPYTHONDIR": folder / "ipython",
-           "RLHF_HOME": ROOT, "RLHF_FAST": "1", "HF_HUB_OFFLINE": "1"}  # fmt: skip
+           "RLHF_HOME": ROOT, "RLHF_FAST": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": ROOT}  # fmt: skip
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", *(f"--{k}={v}" for k, v in settings.items())]
     with open(folder / "log", "w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {k: str(v) for k, v in own.items()})
@@ -180,7 +197,7 @@ def browser(tmp_path):
     browser.close()
 
 
-@pytest.mark.parametrize("notebook, source", FIGURES, ids=["the heat map of 04", "the live figure of 05"])
+@pytest.mark.parametrize("notebook, source", FIGURES)
 def test_run_all_in_jupyterlab_puts_the_figure_on_the_screen(lab, browser, notebook, source):
     browser.call("Page.navigate", url=f"{lab}/lab/tree/{notebook}.ipynb?reset")
     wait_for(lambda: browser.evaluate(READY), f"{notebook} in JupyterLab", 120)
