@@ -5,12 +5,16 @@ Nothing is run: the outputs are those that the notebooks store. nbconvert render
 become MathML, which browsers draw by themselves; so a page asks no other host for anything. A page lies where its source lies in
 the repository, which keeps links between pages; a link to a file that is no page goes to the repository's address."""
 
+import base64
+import io
 import re
 import shutil
 import sys
 import unicodedata
 from functools import cached_property
-from html import escape
+from html import escape, unescape
+from importlib.metadata import distribution
+from itertools import cycle
 from pathlib import Path, PurePosixPath
 from posixpath import normpath, relpath
 from urllib.parse import quote, unquote
@@ -18,6 +22,7 @@ from xml.etree import ElementTree
 
 import latex2mathml.converter
 import nbformat
+from fontTools import subset, ttLib
 from jinja2 import Environment, FileSystemLoader
 from nbconvert import HTMLExporter
 from nbconvert.filters import html2text
@@ -44,56 +49,62 @@ ElementTree.register_namespace("", MATHML.strip("{}"))
 
 
 def mathml(tex, display):
-    """A formula as MathML. latex2mathml leaves three things that browsers do not draw as TeX does: `mathvariant`, which they have
-    dropped, names of functions as operators, with wide spaces or none, and `\\arg`."""
+    """A formula as MathML. latex2mathml 3.81 leaves to the browser what browsers no longer do, or do not do as TeX does: letters of
+    another kind (`mathvariant`), names such as log and max, with wide spaces or none around them, bars, and `\\arg`."""
     math = ElementTree.fromstring(latex2mathml.converter.convert(tex, display=display))
     math.set("alttext", " ".join(tex.split()))
-    for parent in list(math.iter()):
-        if parent.attrib.pop("mathvariant", None) == "double-struck":
-            parent.text = double_struck(parent.text)
-        spaced = []
-        for child in parent:
-            before = spaced[-1] if spaced else None
-            if function(child) and before is not None and before.tag not in (MATHML + "mo", MATHML + "mspace"):
-                spaced.append(thin_space())
-            elif before is not None and function(before) and child.tag not in (MATHML + "mo", MATHML + "mspace"):
-                spaced.append(thin_space())
-            spaced.append(child)
-        if parent.tag == MATHML + "mrow" or parent is math:
-            parent[:] = spaced
-    for child in list(math.iter()):
-        if name := function(child):
-            if child.tag == MATHML + "msub" and display == "block" and name in ("max", "min"):
-                child.tag = MATHML + "munder"
-            word = child if len(child) == 0 else child[0]
+    for element in list(math.iter()):
+        if element.get("mathvariant", "normal") != "normal":
+            element.text = "".join(letter(plain, element.attrib["mathvariant"]) for plain in element.text)
+            del element.attrib["mathvariant"]
+        if element.tag == MATHML + "mo" and element.text == "|" and "form" not in element.attrib:
+            element.attrib.update(lspace="0", rspace="0")
+        if name := function(element):
+            word = element[0] if len(element) else element
             word.tag, word.text = MATHML + "mi", name
+            if display == "block" and element.tag == MATHML + "msub" and name in ("max", "min"):
+                element.tag = MATHML + "munder"
+    for parent in list(math.iter(MATHML + "mrow")):
+        row = []
+        for child in parent:
+            beside_word = row and (function(row[-1]) or function(child))
+            if beside_word and {row[-1].tag, child.tag}.isdisjoint((MATHML + "mo", MATHML + "mspace")):
+                row.append(ElementTree.Element(MATHML + "mspace", width="0.17em"))
+            row.append(child)
+        parent[:] = row
     return ElementTree.tostring(math, encoding="unicode")
 
 
 def function(element):
-    """The name, if an element is one, such as log, alone or with an index."""
-    if element.tag in (MATHML + "msub", MATHML + "munder"):
-        element = element[0]
-    text = (element.text or "").removeprefix("\\")
-    return (
-        text if element.tag in (MATHML + "mi", MATHML + "mo") and len(text) > 1 and text.isascii() and text.isalpha() else None
-    )
+    """The name, if an element is one, such as log, alone or with an index; else None."""
+    element = element[0] if element.tag in (MATHML + "msub", MATHML + "munder") else element
+    name = (element.text or "").removeprefix("\\")
+    return name if element.tag in (MATHML + "mi", MATHML + "mo") and re.fullmatch("[A-Za-z]{2,}", name) else None
 
 
-def thin_space():
-    return ElementTree.Element(MATHML + "mspace", width="0.17em")
+def letter(plain, variant):
+    """The character of its own that Unicode has for a letter of this kind: double-struck, script, bold."""
+    name = re.sub("LATIN |GREEK |LETTER ", "", unicodedata.name(plain))
+    for whole in (f"{variant.upper().replace('bold-', 'bold ')} {name}", f"MATHEMATICAL {variant.upper()} {name}"):
+        try:
+            return unicodedata.lookup(whole)
+        except KeyError:
+            pass
+    return plain
 
 
-def double_struck(text):
-    for kind in ("MATHEMATICAL DOUBLE-STRUCK", "DOUBLE-STRUCK"):  # the second for those that were there before: R, N and others
-        for sort in ("CAPITAL", "SMALL", "DIGIT"):
-            name = unicodedata.name(text).split()[-1]
-            if (found := f"{kind} {sort} {name}") and (sort == "DIGIT") == text.isdigit():
-                try:
-                    return unicodedata.lookup(found)
-                except KeyError:
-                    pass
-    return text
+def font(symbols):
+    """STIX Two Math (SIL Open Font License 1.1), which the package ziamath brings, with no more than these symbols and the slanted
+    letters that browsers put for names, as WOFF2: about 40 kB. Without a font for mathematics an index stands on the line."""
+    made, letters = io.BytesIO(), [*range(0x1D434, 0x1D468), *range(0x1D6E2, 0x1D71C), 0x210E, *range(0x20, 0x7F)]
+    options = subset.Options(layout_features=["ssty", "mark", "ccmp"], hinting=False)
+    whole = ttLib.TTFont(distribution("ziamath").locate_file("ziamath/fonts/STIXTwoMath-Regular.ttf"))
+    subsetter = subset.Subsetter(options)
+    subsetter.populate(unicodes=letters + [ord(symbol) for symbol in symbols])
+    subsetter.subset(whole)
+    whole.flavor = "woff2"
+    whole.save(made)
+    return made.getvalue()
 
 
 # ---------------------------------------------------------------- Markdown
@@ -107,11 +118,13 @@ class Renderer(IPythonRenderer):
         super().__init__(escape=False)
         self.page = page
 
-    def inline_math(self, body):
-        return mathml(body, "inline")
+    def inline_math(self, body, display="inline"):
+        math = mathml(body, display)
+        self.page.symbols.update(unescape(re.sub("<.*?>", "", math)))
+        return math
 
     def block_math(self, body):
-        return f'<span class="formula" tabindex="0">{mathml(body, "block")}</span>'
+        return f'<span class="formula" tabindex="0">{self.inline_math(body, "block")}</span>'
 
     def heading(self, text, level, **_):
         plain = html2text(f"<h>{text}</h>").strip()
@@ -137,7 +150,14 @@ class Renderer(IPythonRenderer):
         return self.inline_html(html) + "\n"
 
     def table(self, text):
-        return f'<div class="scroll" tabindex="0"><table>\n{text}</table></div>\n'
+        """In a box that scrolls. Where cells are sentences, a phone shows a row as lines, each with the name of its column."""
+        plain = lambda html: re.sub("<.*?>", "", html)
+        names = cycle([plain(name) for name in re.findall(r"<th\b[^>]*>(.*?)</th>", text, re.DOTALL)] or [""])
+        longest = max(map(len, map(plain, re.findall(r"<td\b[^>]*>(.*?)</td>", text, re.DOTALL))), default=0)
+        text = re.sub("<td", lambda _: f'<td data-name="{escape(next(names))}"', text.replace(r"\|", "|"))  # a bar within code
+        return (
+            f'<div class="scroll" tabindex="0"><table class="{"lines" if longest > 40 else "numbers"}">\n{text}</table></div>\n'
+        )
 
 
 class Exporter(HTMLExporter):
@@ -173,6 +193,7 @@ class Page:
     def __init__(self, source, sources):
         self.source, self.sources = source, sources
         self.headings = []  # (level, text, anchor)
+        self.symbols = set()  # characters of its formulas
         self.pictures = set()  # files of the repository that it shows
         self.is_notebook = source.endswith(".ipynb")
 
@@ -236,11 +257,11 @@ class Page:
 def contents(notebooks, others):
     """The contents page as Markdown: what the README says first, what each notebook teaches by its own first cell, and the rest."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    first = next(part for part in readme.split("\n\n")[1:] if re.match(r"\w", part))
+    first = next((part for part in readme.split("\n\n")[1:] if re.match(r"\w", part)), "")
     parts = [
         re.search("^# .+", readme, re.MULTILINE)[0],
         first,
-        "Here is the course to be read: every notebook with the outputs of a full run on two cores. To run it yourself, see the [README](README.md#two-commands).",
+        "Here is the course to be read: every notebook with the outputs of a full run on two cores. To run it yourself, see the [README](README.md).",
         "## The notebooks",
     ]
     for page in notebooks:
@@ -260,7 +281,10 @@ def contents(notebooks, others):
 
 
 def build(folder):
-    """Write the site into a folder, which is made anew. Returns the pages' files, relative to it."""
+    """Write the site into a folder, which is made anew. Returns the pages' files, relative to it. Raises ValueError, before anything
+    is changed, for a link that leads nowhere and a folder that holds something else."""
+    if folder.exists() and any(folder.iterdir()) and not (folder / "style.css").exists():
+        raise ValueError(f"{folder} holds something else; expected a folder that is new, empty, or such a site")
     sources = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))]
     notebooks = [Page(source, sources) for source in sources]
     others = [Page(source, sources) for source in OTHERS if (ROOT / source).exists()]
@@ -271,12 +295,11 @@ def build(folder):
     order = [start, *notebooks, *(page for page in others if page not in ready)]
     template = Environment(loader=FileSystemLoader(TEMPLATES), trim_blocks=True).get_template("page.html")
 
-    shutil.rmtree(folder, ignore_errors=True)
-    files = {"style.css": style().encode()}
+    made = {}
     for place, page in enumerate(order):
         body, beside = page.body()
         near = lambda other: (escape(other.title), page.to(other.target))
-        files[page.target] = template.render(
+        made[page.target] = template.render(
             body=body,
             title=escape(page.title),
             course=escape(start.title),
@@ -288,21 +311,24 @@ def build(folder):
             source=None if page is start else (page.source, f"{REPOSITORY}/blob/main/{page.source}"),
             repository=REPOSITORY,
         ).encode()  # fmt: skip
-        files |= {normpath(str(PurePosixPath(page.source).parent / name)): content for name, content in beside.items()}
-        files |= {picture: (ROOT / picture).read_bytes() for picture in page.pictures}
+        made |= {normpath(str(PurePosixPath(page.source).parent / name)): content for name, content in beside.items()}
+        made |= {picture: (ROOT / picture).read_bytes() for picture in page.pictures}
     for page in ready:
         back = f'<p><a href="{page.to(start.target)}">{escape(start.title)}</a></p>'
-        files[page.target] = re.sub("<body.*?>", lambda body: body[0] + back, page.text, count=1).encode()
-    for name, content in files.items():
+        made[page.target] = re.sub("<body.*?>", lambda body: body[0] + back, page.text, count=1).encode()
+    made["style.css"] = style(set().union(*(page.symbols for page in order))).encode()
+    shutil.rmtree(folder, ignore_errors=True)
+    for name, content in made.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     return [page.target for page in order + ready]
 
 
-def style():
-    """The style sheet, with the colours of code for a light and a dark ground."""
+def style(symbols):
+    """The style sheet, with the font of the formulas and the colours of code for a light and a dark ground."""
+    sheet = (TEMPLATES / "style.css").read_text(encoding="utf-8").replace("FONT", base64.b64encode(font(symbols)).decode())
     light, dark = (HtmlFormatter(style=name).get_style_defs(".highlight") for name in ("default", "github-dark"))
-    return f"{(TEMPLATES / 'style.css').read_text(encoding='utf-8')}\n{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}\n"
+    return f"{sheet}\n{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}\n"
 
 
 def main(arguments):
