@@ -166,16 +166,26 @@ def test_every_formula_became_mathml(pages):
     "tex, text",
     [
         (r"\beta \log \pi", "<mi>β</mi>_<mi>log</mi>_<mi>π</mi>"),
-        (r"-\log(x)", "<mo>−</mo><mi>log</mi>(<mi>x</mi>)"),
+        (r"-\log(x)", '<mo form="prefix">−</mo><mi>log</mi>(<mi>x</mi>)'),
         (r"\arg\min_k x", "<mi>arg</mi>_<munder><mi>min</mi><mi>k</mi></munder>_<mi>x</mi>"),
         (r"\mathbb E \mathbb R \mathbb 1", "<mi>𝔼</mi><mi>ℝ</mi><mn>𝟙</mn>"),
         (r"\mathcal L \mathbf x", "<mi>ℒ</mi><mi>𝐱</mi>"),
+        (
+            r"x = -(-y), - z",
+            '<mi>x</mi><mo>=</mo><mo form="prefix">−</mo>(<mo form="prefix">−</mo><mi>y</mi>)<mo>,</mo><mo form="prefix">−</mo><mi>z</mi>',
+        ),
+        (r"(x) - y", "(<mi>x</mi>)<mo>−</mo><mi>y</mi>"),
     ],
 )
 def test_names_keep_their_distance_and_letters_of_another_kind_are_characters(tex, text):
     math = make_site.mathml(tex, "block")
     math = re.sub(r"<mspace [^>]*>", "_", re.sub(r'<mo stretchy="false">(.)</mo>', r"\1", math))
     assert re.search("<mrow>(.*)</mrow>", math)[1] == text
+
+
+def test_prose_wraps_and_columns_scroll():
+    assert make_site.flow("one line\nand another") == make_site.flow("a  b " + "word " * 30) == "prose"
+    assert make_site.flow("a  b\n1  2") == make_site.flow("def f():\n    " + "x" * 120) == "columns"
 
 
 def test_the_font_has_every_symbol_of_the_formulas(pages):

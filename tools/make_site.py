@@ -50,7 +50,8 @@ ElementTree.register_namespace("", MATHML.strip("{}"))
 
 def mathml(tex, display):
     """A formula as MathML. latex2mathml 3.81 leaves to the browser what browsers no longer do, or do not do as TeX does: letters of
-    another kind (`mathvariant`), names such as log and max, with wide spaces or none around them, bars, and `\\arg`."""
+    another kind (`mathvariant`), names such as log and max, with wide spaces or none around them, signs that are no operations,
+    bars, and `\\arg`."""
     math = ElementTree.fromstring(latex2mathml.converter.convert(tex, display=display))
     math.set("alttext", " ".join(tex.split()))
     for element in list(math.iter()):
@@ -67,6 +68,11 @@ def mathml(tex, display):
     for parent in list(math.iter(MATHML + "mrow")):
         row = []
         for child in parent:
+            last = next((element for element in reversed(row) if element.tag != MATHML + "mspace"), None)
+            if child.text in ("\u2212", "+") and (
+                last is None or last.tag == MATHML + "mo" and last.text not in (")", "]", "|", "}")
+            ):
+                child.set("form", "prefix")  # a sign
             beside_word = row and (function(row[-1]) or function(child))
             if beside_word and {row[-1].tag, child.tag}.isdisjoint((MATHML + "mo", MATHML + "mspace")):
                 row.append(ElementTree.Element(MATHML + "mspace", width="0.17em"))
@@ -85,7 +91,8 @@ def function(element):
 def letter(plain, variant):
     """The character of its own that Unicode has for a letter of this kind: double-struck, script, bold."""
     name = re.sub("LATIN |GREEK |LETTER ", "", unicodedata.name(plain))
-    for whole in (f"{variant.upper().replace('bold-', 'bold ')} {name}", f"MATHEMATICAL {variant.upper()} {name}"):
+    kind = variant.upper().replace("BOLD-", "BOLD ")
+    for whole in (f"{kind} {name}", f"MATHEMATICAL {kind} {name}"):
         try:
             return unicodedata.lookup(whole)
         except KeyError:
@@ -170,7 +177,7 @@ class Exporter(HTMLExporter):
             template_name=TEMPLATES.name,
             exclude_input_prompt=True,
             exclude_output_prompt=True,
-            config={"ExtractOutputPreprocessor": {"enabled": True}},
+            config={"ExtractOutputPreprocessor": {"enabled": True}, "CoalesceStreamsPreprocessor": {"enabled": True}},
         )
         self.register_filter("markdown2html", self.page.markdown)
         self.register_filter("flow", flow)
@@ -180,8 +187,9 @@ class Exporter(HTMLExporter):
 
 
 def flow(text):
-    """Whether an output is prose, whose long lines wrap, or keeps its columns."""
-    return "prose" if max(map(len, text.splitlines()), default=0) > 120 else "columns"
+    """Whether an output is prose, whose lines wrap, or has columns (or code), which scroll: two spaces in a row tell those, but in
+    lines longer than code has."""
+    return "prose" if "  " not in text or max(map(len, text.splitlines())) > 130 else "columns"
 
 
 # ---------------------------------------------------------------- pages
