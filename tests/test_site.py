@@ -257,7 +257,7 @@ def test_what_is_new_is_linked_and_what_is_not_there_is_not(small):
     root, built = small
     site = built()
     assert 'href="docs/inspector.html"' in site["index.html"] and "Touch" in site["docs/inspector.html"]
-    assert "<body class='a'><p><a href=\"../index.html\">The course</a></p>" in site["docs/inspector.html"]
+    assert '<body class=\'a\'><p><a class="back" href="../index.html">The course</a></p>' in site["docs/inspector.html"]
     assert "Its words" in site["index.html"] and "docs/experiments" not in site["index.html"] and "p.svg" in site
     (root / "docs" / "inspector.html").unlink()
     (root / "README.md").write_text("# The course\n\nIts words.\n", encoding="utf-8")
