@@ -14,11 +14,12 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 PYTEST := $(PY) -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
 MODELS := $(foreach name,smollm2-135m-instruct minilm-l6-v2,output/models/$(name)/config.json)
 
-.PHONY: help run test test-fast test-all lint format lab check constraints notebooks address clean
+.PHONY: help run test test-fast test-all lint format lab site check constraints notebooks address clean
 
 help:
 	@echo "make run       PPO on the CPU profile: models, reward model, training, result"
 	@echo "make lab       JupyterLab on the notebooks"
+	@echo "make site      the course as web pages, to be read without running it: build/site/index.html"
 	@echo "make test      all tests that a user needs, notebooks included (ARGS=--durations=20: where the time goes)"
 	@echo "make test-fast everything but the notebooks and the browser"
 	@echo "make test-all  the slow ones too"
@@ -34,6 +35,9 @@ check: $(VENV)/.core
 
 lab: $(VENV)/.lab
 	$(PY) -m jupyterlab notebooks
+
+site: $(VENV)/.site
+	$(PY) -m tools.make_site $(ARGS)
 
 test: lint $(MODELS)
 	$(PYTEST) $(ARGS)
@@ -79,6 +83,12 @@ $(VENV)/.lab $(VENV)/.test: $(VENV)/.%: $(VENV)/.core Makefile
 $(VENV)/.all: $(VENV)/.test
 	@echo "setting up: trackers"
 	$(PIP) -e ".[tracking]"
+	touch $@
+
+# A reader's machine needs no PyTorch: the extra's own list, without the package.
+$(VENV)/.site: $(VENV)/.venv pyproject.toml constraints.txt
+	@echo "setting up: nbconvert"
+	$(PIP) $$($(PY) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["site"])')
 	touch $@
 
 # ---- for authors
