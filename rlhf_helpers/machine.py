@@ -81,7 +81,7 @@ def check(say=print):
 def python():
     return (
         (3, 11) <= sys.version_info[:2] <= (3, 13),
-        f"Python {platform.python_version()} (3.11 is tested, 3.12 and 3.13 should work), {platform.system()} {platform.machine()}",
+        f"Python {platform.python_version()} (expected 3.11 to 3.13), {platform.system()} {platform.machine()}",
     )
 
 

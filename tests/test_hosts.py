@@ -1,7 +1,9 @@
 """Other people's machines: workflows, devcontainer, citation and version; checked as far as that can be done without them."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -44,6 +46,17 @@ def test_workflows_and_devcontainer_call_make_targets_that_exist():
     rules = re.sub(r"\$\(VENV\)", ".venv", (ROOT / "Makefile").read_text(encoding="utf-8"))
     known = {target for rule in re.findall(r"^([^\t#:=\n]+):(?!=)", rules, re.MULTILINE) for target in rule.split()}
     assert targets - known == set()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
+@pytest.mark.parametrize("system, folder", [("Windows_NT", "Scripts"), ("", "bin")])
+def test_make_finds_python_where_each_system_puts_it_and_takes_pytorch_from_where_the_devcontainer_says(system, folder):
+    env = {**os.environ, "OS": system, **DEVCONTAINER["containerEnv"]}
+    done = subprocess.run(["make", "-n", "new/.lab", "VENV=new"], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert re.search(
+        rf"^new/{folder}/python -m pip install .*--index-url {env['TORCH_INDEX']} torch==", done.stdout, re.MULTILINE
+    )
+    assert set(re.findall(r"new/(\w+)/python", done.stdout)) == {folder}
 
 
 def test_tests_run_on_every_python_that_the_project_allows_and_on_three_systems():
@@ -101,6 +114,17 @@ def test_the_memory_that_the_devcontainer_asks_for_holds_the_largest_notebook_an
     largest = max(*column.values(), column["06"] + started)
     asked = DEVCONTAINER["hostRequirements"]
     assert len(column) >= 8 and largest + 1.5 < float(asked["memory"].removesuffix("gb")) and asked["cpus"] == 2
+
+
+def test_the_readme_tells_what_was_tried_on_the_systems_of_the_workflows():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = readme[readme.index("| system | what was run | when |") :].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()[2:]]
+    assert all(re.fullmatch(r"untried|at every change|\d{4}-\d\d-\d\d", when) for _, _, when in rows)
+    assert [row for row in rows if row[1].startswith("untried") != (row[2] == "untried")] == []
+    systems, matrix = " ".join(row[0] for row in rows), WORKFLOWS["tests"]["jobs"]["fast"]["strategy"]["matrix"]
+    assert [python for python in matrix["python"] if not re.search(rf"(Python|and) {re.escape(python)}\b", systems)] == []
+    assert all(name in systems for name in ("Linux", "macOS", "Windows", "GitHub's machines", "devcontainer"))
 
 
 # ---------------------------------------------------------------- version, citation

@@ -75,6 +75,15 @@ def test_without_bitsandbytes_a_cpu_takes_bf16_weights_and_says_so_once_and_4_bi
     assert again.returncode == 2 and b"bitsandbytes is there) bf16, not 4-bit; expected --fresh" in again.stderr
 
 
+def test_a_run_from_before_weights_were_noted_was_in_4_bits(tmp_path, monkeypatch):
+    (tmp_path / "checkpoint").mkdir()
+    now = {"--model": "m", run.WEIGHTS: "4-bit"}
+    monkeypatch.setattr(run, "read_settings", lambda folder: {"extra": {"settings": {"--model": "m"}}})
+    assert run.saved_run(tmp_path, now)
+    with pytest.raises(InputError, match="its run has weights .* 4-bit, not bf16"):
+        run.saved_run(tmp_path, now | {run.WEIGHTS: "bf16"})
+
+
 def test_the_check_says_what_is_done_without_bitsandbytes(home):
     done = process(home, "-c", WITHOUT, "bitsandbytes", "rlhf_helpers", "--check")
     lines = done.stdout.decode().splitlines()
