@@ -13,6 +13,7 @@ import pytest
 
 import rlhf_helpers
 from rlhf_helpers import machine, models, quirks, run
+from rlhf_helpers.__main__ import main
 from rlhf_helpers.data import load_preferences, load_prompts, read_jsonl, save_jsonl
 from rlhf_helpers.errors import InputError
 from rlhf_helpers.files import read_json
@@ -65,14 +66,17 @@ def summary(home):
 # ---------------------------------------------------------------- what a system lacks
 
 
-def test_without_bitsandbytes_a_cpu_takes_bf16_weights_and_says_so_once_and_4_bits_do_not_go_on_with_them(home, arguments):
+def test_without_bitsandbytes_a_cpu_takes_bf16_weights_and_says_so_once_and_4_bits_do_not_go_on_with_them(
+    home, arguments, monkeypatch, capsys
+):
     done = process(home, "-c", WITHOUT, "bitsandbytes", "rlhf_helpers", *arguments)
     said = done.stdout.decode()
     assert done.returncode == 0, done.stderr.decode()
     assert said.count("no bitsandbytes here, so the CPU profile takes bf16 weights, unquantized") == 1
     assert summary(home)["steps"] == 1
-    again = process(home, "-m", "rlhf_helpers", *arguments, "--steps", 2)
-    assert again.returncode == 2 and b"bitsandbytes is there) bf16, not 4-bit; expected --fresh" in again.stderr
+    monkeypatch.setenv("RLHF_HOME", str(home))
+    assert main([*map(str, arguments), "--steps", "2"]) == 2
+    assert "bitsandbytes is there) bf16, not 4-bit; expected --fresh" in capsys.readouterr().err
 
 
 def test_a_run_from_before_weights_were_noted_was_in_4_bits(tmp_path, monkeypatch):
