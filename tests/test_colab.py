@@ -214,6 +214,7 @@ def session(tmp_path_factory):
         "GIT_CONFIG_KEY_0": f"url.{ROOT.as_uri()}.insteadOf",
         "GIT_CONFIG_VALUE_0": REPOSITORY,
         "RLHF_HOME": "",
+        "PYTHONPATH": "",
     }
     (spec / "kernel.json").write_text(json.dumps(dict(argv=argv, env=env, display_name="colab", language="python")))
     content = home / "content"
