@@ -200,7 +200,7 @@ def session(tmp_path_factory):
     (info / "RECORD").write_text("")
     others = [f"{name}=={version}" for name, version in INSTALLED.items() if name != "torch"]
     pip = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-    subprocess.run([*pip, *others], check=True)
+    subprocess.run([*pip, *others], check=True, env={**os.environ, "PYTHONPATH": ""})  # what the tests see is not there
 
     startup = home / "ipython" / "profile_default" / "startup"
     startup.mkdir(parents=True)
