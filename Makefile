@@ -8,7 +8,7 @@ ARGS ?=
 # Files of tests that run at the same time; each has its share of the cores, and up to 3 GB.
 WORKERS ?= 2
 
-PY := $(VENV)/bin/python
+PY := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 PYTEST := $(PY) -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
@@ -81,8 +81,8 @@ $(VENV)/.lab $(VENV)/.test: $(VENV)/.%: $(VENV)/.core Makefile
 	touch $@
 
 $(VENV)/.all: $(VENV)/.test
-	@echo "setting up: trackers"
-	$(PIP) -e ".[tracking]"
+	@echo "setting up: trackers, linters of workflows, a resolver"
+	$(PIP) -e ".[tracking,authors]"
 	touch $@
 
 # A reader's machine needs no PyTorch: the extra's own list, without the package.

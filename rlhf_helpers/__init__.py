@@ -3,4 +3,6 @@
 
 from rlhf_helpers.quirks import silence
 
+__version__ = "0.2.0"
+
 silence()

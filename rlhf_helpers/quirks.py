@@ -46,10 +46,10 @@ def keep_gradients(module):
 
 
 def is_4bit_layer(layer):
-    """Whether a module is one of bitsandbytes' 4-bit layers; false, too, where bitsandbytes is not installed."""
+    """Whether a module is one of bitsandbytes' 4-bit layers; false, too, where bitsandbytes cannot be imported."""
     try:
         from bitsandbytes.nn import Linear4bit
-    except ImportError:
+    except (ImportError, OSError):
         return False
     return isinstance(layer, Linear4bit)
 

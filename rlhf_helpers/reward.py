@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf_helpers.config import DATA_FILE, HELDOUT_FILE, project_root
+from rlhf_helpers.config import DATA_FILE, HELDOUT_FILE, course_file, project_root
 from rlhf_helpers.data import load_preferences, load_prompts
 from rlhf_helpers.errors import InputError, MissingInput
 from rlhf_helpers.files import (
@@ -205,8 +205,7 @@ def ensure_reward_model(folder=None, pairs_file=DATA_FILE, heldout_file=HELDOUT_
     shutil.rmtree(default.with_name(default.name + ".trainer"), ignore_errors=True)  # of a run that was killed
     if find_whole(folder).exists() or folder.resolve() != default.resolve():
         return RewardModel.load(folder)
-    pairs = load_preferences(project_root() / pairs_file)
-    heldout = set(load_prompts(project_root() / heldout_file))
+    pairs, heldout = load_preferences(course_file(pairs_file)), set(load_prompts(course_file(heldout_file)))
     for pair in pairs:
         if pair["prompt"] in heldout:
             raise InputError(f"{pairs_file}: prompt {pair['prompt']!r} is held out in {heldout_file}; expected other prompts")

@@ -14,7 +14,9 @@ from rlhf_helpers.checkpoint import FREE, read_settings
 from rlhf_helpers.data import read_jsonl
 from rlhf_helpers.errors import InputError
 from rlhf_helpers.files import raise_written, read_json, write_text
+from rlhf_helpers.machine import no_four_bit
 
+WEIGHTS = "weights (by whether bitsandbytes is there)"
 RESULTS = ("summary.json", "samples.jsonl", "curves.png")
 
 
@@ -62,6 +64,7 @@ def settings(profile, config, prompts, heldout, reward_folder, processes):
         "--heldout (sha256)": digest_of_texts(heldout),
         "--reward-model (sha256)": digest_of_folder(reward_folder),
         "--num_processes": processes,
+        WEIGHTS: "bf16" if no_four_bit() else "4-bit",
     } | {f"--{name}": value for name, value in vars(config).items() if name not in FREE}
 
 
@@ -89,6 +92,7 @@ def saved_run(output, now, resume=None):
     except InputError as error:
         raise InputError(f"{error}; or {how}") from error
     then = saved["extra"].get("settings")
+    then = then and {WEIGHTS: "4-bit"} | then  # older runs had no others
     if then is None:
         raise InputError(f"{folder}: not made by this command; expected {how}")
     if resume and Path(resume).resolve() != folder.resolve():

@@ -200,7 +200,7 @@ def session(tmp_path_factory):
     (info / "RECORD").write_text("")
     others = [f"{name}=={version}" for name, version in INSTALLED.items() if name != "torch"]
     pip = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-    subprocess.run([*pip, *others], check=True)
+    subprocess.run([*pip, *others], check=True, env={**os.environ, "PYTHONPATH": ""})  # what the tests see is not there
 
     startup = home / "ipython" / "profile_default" / "startup"
     startup.mkdir(parents=True)
@@ -214,6 +214,7 @@ def session(tmp_path_factory):
         "GIT_CONFIG_KEY_0": f"url.{ROOT.as_uri()}.insteadOf",
         "GIT_CONFIG_VALUE_0": REPOSITORY,
         "RLHF_HOME": "",
+        "PYTHONPATH": "",
     }
     (spec / "kernel.json").write_text(json.dumps(dict(argv=argv, env=env, display_name="colab", language="python")))
     content = home / "content"

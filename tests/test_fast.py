@@ -16,6 +16,10 @@ from rlhf_helpers.trainer import PPOTrainer
 from tests import tiny
 from tests.tiny import EOS, PAD
 
+onednn = pytest.mark.skipif(
+    not fast.has_onednn(), reason="no oneDNN here that multiplies in bf16: all is sampled the plain way"
+)
+
 SIZES = (1, 2, 3, 5, 8, 16)
 
 
@@ -89,6 +93,7 @@ def test_a_step_is_the_same_whether_or_not_the_policy_scores_its_own_samples(nf4
     assert tiny.same(ends[0][0], ends[1][0]) and ends[0][1] == ends[1][1]
 
 
+@onednn
 def test_where_the_first_update_sees_half_of_the_responses_that_half_is_compared(nf4):
     """The policy makes no pass before it at the second step; at the third, a sampler that is merely close is noticed."""
     trainer = bf16_trainer(nf4(b_scale=0.1), 8, 4)  # two optimizer steps an epoch
@@ -122,6 +127,7 @@ def test_a_response_drawn_before_the_weights_moved_is_not_taken_for_a_new_one(nf
     assert torch.isnan(torch.tensor(trainer.step(queries, responses, [1.0] * 4)["objective/sampler_kl"]))
 
 
+@onednn
 def test_a_sampler_that_is_merely_close_shows_in_the_stats_and_is_scored_again(nf4):
     """One value of the unpacked weights is off by a rounding."""
     trainer = bf16_trainer(nf4(b_scale=0.1))
@@ -212,6 +218,7 @@ def test_unpacking_changes_nothing_in_the_policy(nf4):
     assert torch.equal(lm(input_ids=ids).logits, before)
 
 
+@onednn
 def test_only_what_the_fast_way_knows_takes_it(nf4, tmp_path):
     plain = nf4()
     assert fast.can_unpack(plain) and fast.can_unpack(nf4(None))
@@ -225,6 +232,14 @@ def test_only_what_the_fast_way_knows_takes_it(nf4, tmp_path):
     biased = tiny.llama(hidden_size=64, attention_bias=True)
     biased.bfloat16().save_pretrained(tmp_path)
     assert not fast.can_unpack(tiny.nf4_llama(tmp_path))
+
+
+def test_without_onednn_a_4_bit_model_is_sampled_the_plain_way(nf4, monkeypatch):
+    """As on a Mac, where PyTorch has not even the operations."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops, "mkldnn", None)
+    trainer = tiny.trainer(nf4())
+    assert trainer.unpacked is None and len(trainer.generate(prompts(4))) == 4
 
 
 def test_a_model_that_the_fast_way_does_not_know_is_sampled_the_plain_way():

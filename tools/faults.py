@@ -16,7 +16,6 @@ import json
 import math
 import os
 import random
-import resource
 import shutil
 import signal
 import sys
@@ -26,6 +25,10 @@ import traceback
 import warnings
 from collections import Counter
 from pathlib import Path
+
+if not hasattr(os, "fork"):
+    sys.exit(print("error: this needs a system that can fork: Linux or macOS", file=sys.stderr) or 2)
+import resource
 
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}  # before torch is imported
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
