@@ -2,6 +2,7 @@
 go, since starting takes longer than all of it; what each process saw is written to FOLDER/0.json and 1.json."""
 
 import faulthandler
+import gc
 import json
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 from rlhf_helpers import fast
 from rlhf_helpers.errors import InputError
@@ -104,6 +106,40 @@ def resume(folder):
     return ends
 
 
+def put_together(vocabulary, tied=False):
+    """Bytes at the worst moment of a pass there and back, beyond what was there before: what is put together, and little else."""
+    sizes = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=4, vocab_size=vocabulary, tie_word_embeddings=tied)
+    lm = tiny.llama(**sizes).to(torch.bfloat16).requires_grad_(False)
+    policy = shard(PolicyWithValueHead(tiny.with_lora(lm)))
+    moments = []
+
+    def note(*_):
+        moments.append(sum(storages().values()))
+
+    def note_on_the_way_back(module, inputs, output):
+        if output.requires_grad:
+            output.register_hook(lambda _: moments.append(sum(storages().values())))
+
+    for name, module in policy.named_modules():
+        if name.endswith(("down_proj", "embed_tokens", "lm_head")):
+            module.register_forward_pre_hook(note)
+            module.register_forward_hook(note_on_the_way_back)
+    ids = torch.full((1, 2), 5)
+    gc.collect()
+    gc.freeze()  # what is there before is not looked at
+    for _ in range(2):
+        logits, values = policy(ids, torch.ones_like(ids), 1)
+        (logits.float().sum() + values.sum()).backward()
+    gc.unfreeze()
+    return max(moments)
+
+
+def storages():
+    """Bytes of every storage that a tensor made since gc.freeze() holds, by address."""
+    tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor) and not isinstance(thing, DTensor)]
+    return {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+
+
 def refusals(folder, llama):
     """What is refused, in words, on two processes."""
     said = {}
@@ -135,6 +171,7 @@ def main(folder, llama):
         "judged": judged(),
         "resume": resume(folder),
         "refused": refusals(folder, llama),
+        "put together": [put_together(128), put_together(12800), put_together(12800, tied=True)],
     }
     (folder / f"{rank}.json").write_text(json.dumps(seen))
 

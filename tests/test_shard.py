@@ -1,19 +1,26 @@
 """A base in shards, on two processes of the CPU (gloo): what `tests/shard_worker.py` saw there, beside one whole model here."""
 
 import json
-import math
+from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from rlhf_helpers import models, shard
+from rlhf_helpers import memory, models, shard
+from rlhf_helpers.__main__ import main
+from rlhf_helpers.data import save_jsonl
 from rlhf_helpers.errors import InputError
+from rlhf_helpers.quirks import is_4bit_layer
 from tests import tiny
 from tests.shard_worker import PROMPTS, nf4_of, untied
+from tests.test_memory import held
 from tests.test_processes import launch
 from tests.worker import stepped
+from tools import larger
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +68,34 @@ def test_each_process_holds_half_of_the_base_and_no_unpacked_copy(kind, seen, ll
     whole = sum(p.nbytes for name, p in lm.named_parameters() if "lora_" not in name)
     assert [process[kind]["held"] for process in seen] == 2 * [[whole / 2, whole]]
     assert not any(process[kind]["fast"] for process in seen)
+
+
+def test_the_computed_shards_are_those_that_a_process_holds(seen, nf4):
+    lm = nf4(targets=None)
+    scales = sum(held(layer) - layer.weight.nbytes for layer in lm.modules() if is_4bit_layer(layer))
+    parts = memory.memory_by_part(lm.config, cards=2)
+    here, _ = seen[0]["nf4"]["held"]
+    assert parts["linear layers"] + parts["embeddings, head, norms"] == here + scales
+
+
+def test_the_computed_bytes_that_are_put_together_are_those_of_the_worst_moment(seen):
+    """Besides them there are a few activations."""
+    sizes = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=4)
+    layer = sum(p.nbytes for p in tiny.llama(**sizes).to(torch.bfloat16).model.layers[0].parameters())
+    for measured, more in zip(seen[0]["put together"], ({}, {"vocab_size": 12800}, {"vocab_size": 12800, "tied": True})):
+        tied = more.pop("tied", False)
+        config = tiny.llama(**sizes, **more, tie_word_embeddings=tied).config
+        assert measured == pytest.approx(memory.together_bytes(config, layer), rel=0.1)
+
+
+def test_the_page_has_the_table_that_its_command_prints():
+    page = (ROOT / "docs" / "larger.md").read_text(encoding="utf-8")
+    assert larger.MARKS.findall(page) == [larger.table()]
+
+
+def test_shards_of_more_cards_fit_where_whole_copies_do_not():
+    peaks = {cards: memory.peak(memory.memory_by_part(memory.LARGE["Llama-3.1-70B"], cards=cards)) for cards in (1, 2, 4, 8)}
+    assert peaks[1] > 40e9 > peaks[2] > 24e9 > peaks[4] > 16e9 > peaks[8]
 
 
 def test_responses_may_end_at_once_on_one_process_and_never_on_the_other(seen):
@@ -118,20 +153,48 @@ def test_accelerate_s_own_sharding_is_refused_with_and_without_ours(monkeypatch)
             make()
 
 
-def test_other_storage_changes_no_number_and_packed_weights_are_unpacked_before_they_are_sliced(llama_folder):
-    """On CPUs with AVX512-BF16, where a forward pass in eval mode packs them."""
+def test_4_bit_weights_stored_as_bf16_are_the_same_weights(llama_folder):
     ids = torch.randint(4, tiny.V, (2, 9), generator=torch.Generator().manual_seed(3))
     usual, other = (tiny.with_lora(tiny.nf4_llama(llama_folder, storage)) for storage in (torch.uint8, shard.STORAGE))
-    weights = [p for name, p in other.named_parameters() if "base_layer" in name]
-    assert weights and all(p.dtype == torch.bfloat16 for p in weights)
+    for lm in (usual, other):
+        models.keep_gradients(lm)
+    assert {p.dtype for name, p in other.named_parameters() if "lora_" not in name} == {torch.bfloat16}
     shard.check_storage(other)
-    codes = [p.view(torch.uint8).clone() for p in weights]
     with torch.no_grad():
-        other(ids)  # packs
-    other = models.PolicyWithValueHead(other).pretrained_model
-    assert all(torch.equal(p.view(torch.uint8).view(-1), c.view(-1)) for p, c in zip(weights, codes))
-    shard.check_storage(other)
-    usual = models.PolicyWithValueHead(usual).pretrained_model
+        assert torch.equal(other(ids).logits, usual(ids).logits)
+
+
+def test_weights_that_a_cpu_s_kernel_has_packed_are_unpacked_before_they_are_sliced(llama_folder):
+    """Packed they are, where the CPU has AVX512-BF16, by a pass in eval mode before the policy is made."""
+    lm = tiny.with_lora(tiny.nf4_llama(llama_folder, shard.STORAGE))
+    layers = [layer for layer in lm.modules() if is_4bit_layer(layer)]
+    codes = [layer.weight.view(torch.uint8).flatten().clone() for layer in layers]
     with torch.no_grad():
-        torch.testing.assert_close(other(ids).logits, usual(ids).logits, atol=0.1, rtol=0)
-    assert math.isfinite(usual(ids).logits.sum().item())
+        lm(torch.full((1, 3), 5))
+    models.PolicyWithValueHead(lm)
+    shard.check_storage(lm)
+    assert all(torch.equal(layer.weight.view(torch.uint8).flatten(), code) for layer, code in zip(layers, codes))
+    assert not any(getattr(layer.weight.quant_state, "packing_format_for_cpu", False) for layer in layers)
+
+
+def test_the_script_says_what_shards_need(capsys, monkeypatch):
+    assert main(["--shard"]) == 2
+    assert "error: --shard: one process holds the whole model; expected several" in capsys.readouterr().err
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert main(["--shard"]) == 2 and "without --use_fsdp" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_script_runs_in_shards_and_goes_on_in_shards(tmp_path, llama_folder, reward_folders):
+    save_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"t{i} t{i + 1}"} for i in range(10, 20)])
+    save_jsonl(tmp_path / "heldout.jsonl", [{"prompt": f"t{i} t{i + 2}"} for i in range(20, 23)])
+    sizes = "--batch_size 2 --mini_batch_size 2 --gradient_accumulation_steps 1 --max_new_tokens 8 --save_every 1"
+    files = f"--prompts {tmp_path}/prompts.jsonl --heldout {tmp_path}/heldout.jsonl --reward-model {reward_folders[1]}"
+    asked = f"rlhf_helpers --shard --model {llama_folder} {files} {sizes} --kl_budget none --output {tmp_path}/run"
+    said = launch(2, *asked.split(), "--steps", "1")
+    assert "shards: each process holds" in said and "on 2 processes" in said
+    assert "going on from step 1" in launch(2, *asked.split(), "--steps", "2")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["steps"], summary["processes"]) == (2, 2) and summary["sampler_max_diff"] < 0.1
+    lm = PeftModel.from_pretrained(tiny.nf4_llama(llama_folder), tmp_path / "run" / "checkpoint")
+    assert any(p.any() for name, p in lm.named_parameters() if "lora_B" in name)
