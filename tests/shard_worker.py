@@ -93,6 +93,9 @@ def resume(folder):
     whole, first = make(True), make(True)
     whole.train(PROMPTS, reward, steps=4)
     first.train(PROMPTS, reward, steps=2)
+    first.generate(
+        [torch.tensor([5, 6])], generator=torch.Generator().manual_seed(0)
+    )  # a save may follow a pass without gradients
     first.save(folder / "checkpoint")
     if first.accelerator.is_main_process:
         save_file(trained(first), folder / "at the save")
