@@ -15,7 +15,7 @@ except ImportError:  # Windows: one file at a time
 
 REWARD_MODEL = Path(__file__).resolve().parent / "output" / "reward_model_pairwise"
 # So that no core waits, at the beginning (02 trains the reward model that other notebooks read) or at the end.
-FIRST = ("02_", "test_script", "test_processes", "test_browser", "0")
+FIRST = ("02_", "test_script", "test_processes", "test_shard", "test_browser", "0")
 
 
 def pytest_configure(config):

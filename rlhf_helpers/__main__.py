@@ -31,6 +31,7 @@ examples:
   python -m rlhf_helpers --init_kl_coef 0 --kl_budget none --steps 80 --output output/free   neither penalty nor budget
   python -m rlhf_helpers --profile gpu --model org/model   another model on a GPU
   accelerate launch --num_processes 2 -m rlhf_helpers      the same on two GPUs (also on two CPU cores: add --multi_gpu)
+  accelerate launch --num_processes 2 -m rlhf_helpers --shard   the same, each with half of the base model's weights
 """
 
 
@@ -59,6 +60,9 @@ def parser():
     top.add_argument("--save_every", "--save-every", type=int, default=5, metavar="N", help="save every N steps (default: 5)")
     top.add_argument("--fresh", action="store_true", help="begin anew in --output instead of going on there")
     top.add_argument("--resume", metavar="FOLDER", help="begin with the checkpoint of another run")
+    top.add_argument(
+        "--shard", action="store_true", help="the base model in slices, one for each process of `accelerate launch`"
+    )
     fields = top.add_argument_group("PPOConfig", "where not given, the profile's value, else the default of TRL 0.11")
     for field in PPO_FIELDS:
         kinds = typing.get_args(field.type) or [field.type]
@@ -128,6 +132,7 @@ class Job:
     resume: str | None
     reward_folder: object
     started: float
+    shard: bool
     settings: dict | None = None
     seconds_before: float = 0.0  # of the earlier starts of this run
 
@@ -153,7 +158,7 @@ def checked(options):
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {output}: is a file; expected a folder")
     reward_folder = given("reward_model", lambda: project_root() / profile.reward_model)
-    how = (options.save_every, output, options.fresh, options.resume, reward_folder, started)
+    how = (options.save_every, output, options.fresh, options.resume, reward_folder, started, options.shard)
     return Job(profile, config, prompts, heldout, steps, *how)
 
 
@@ -168,11 +173,14 @@ def run(options):
     from rlhf_helpers.models import resolve
     from rlhf_helpers.reward import RewardModel, ensure_reward_model
     from rlhf_helpers.run import alone_in, finished, saved_run, settings
+    from rlhf_helpers.shard import several_processes
 
     device, dtype = device_and_dtype()
     processes = PartialState(cpu=device.type == "cpu")  # one, unless `accelerate launch` started more; the main one speaks
     if dtype == torch.float16:
         processes.print("this card has no native bf16 (compute capability below 8.0): computing in fp16, which ends at 65,504")
+    if job.shard:
+        several_processes()
     if processes.num_processes > 1 and not Path(job.reward_folder).exists():  # transformers' Trainer would join these processes
         raise InputError(f"{job.reward_folder}: no reward model yet; expected one from `python -m rlhf_helpers --prepare`")
     if options.reward_model is not None:  # wrong folders are reported before the models are fetched
@@ -212,9 +220,10 @@ def train(job, reward, saved, processes):
     """Everything after the preparations: PPO, from the beginning or from where it was, and what it brought."""
     from rlhf_helpers.evaluation import evaluate
     from rlhf_helpers.models import load_policy
+    from rlhf_helpers.shard import bytes_held
     from rlhf_helpers.trainer import PPOTrainer
 
-    policy, tokenizer = load_policy(job.profile, seed=job.config.seed)
+    policy, tokenizer = load_policy(job.profile, seed=job.config.seed, sharded=job.shard)
     trainer = PPOTrainer(config=job.config, model=policy, ref_model=None, tokenizer=tokenizer)
     keeper = Keeper(job, trainer)
     before = keeper.go_on(saved, reward) if saved else keeper.begin(reward)
@@ -223,6 +232,9 @@ def train(job, reward, saved, processes):
         many = f" on {processes.num_processes} processes" if processes.num_processes > 1 else ""
         print(f"PPO: {job.steps} steps of {job.config.batch_size} responses{many}{budget}, "
               f"profile {job.profile.name}, {job.profile.model}", flush=True)  # fmt: skip
+        if job.shard:
+            here, whole = bytes_held(trainer.model.pretrained_model)
+            print(f"shards: each process holds {here / 1e6:.0f} of the {whole / 1e6:.0f} MB of the base's weights", flush=True)
     try:
         trainer.train(job.prompts, reward, steps=max(0, job.steps - trainer.steps_done), on_step=keeper)
     except Interrupted as stop:

@@ -11,6 +11,7 @@ from rlhf_helpers import progress
 from rlhf_helpers.course.gold import distinct2, gold_reward, is_whole
 from rlhf_helpers.intervals import mean_interval
 from rlhf_helpers.machine import peak_megabytes
+from rlhf_helpers.shard import is_sharded
 
 COLUMNS = ("prompt", "response", "reward", "gold", "kl")
 TIMES = ("time/generate", "time/reward", "time/ppo/total")  # what a step takes
@@ -67,7 +68,12 @@ def evaluate(trainer, prompts, reward_fn, samples=2, seed=1234, batch_size=40, r
     prompts, _ = trainer.encode([prompt for prompt in prompts for _ in range(samples)])
     with trainer.accelerator.split_between_processes(prompts) as part:
         seed += trainer.accelerator.process_index
-        rows = evaluate_here(trainer, part, reward_fn, seed, batch_size, reference) if part else []
+        if is_sharded(trainer.model.pretrained_model):  # then all make as many passes: who has a prompt less takes one more
+            most = math.ceil(len(prompts) / trainer.accelerator.num_processes)
+            asked = [*part, *prompts[: most - len(part)]]
+        else:
+            asked = part
+        rows = evaluate_here(trainer, asked, reward_fn, seed, batch_size, reference)[: len(part)] if asked else []
     texts, rewards, gold, kl = zip(*gather_object(rows))
     return Evaluation(prompts, list(texts), np.asarray(rewards), np.asarray(gold), np.asarray(kl))
 

@@ -19,15 +19,21 @@ from transformers.cache_utils import Cache, StaticLayer
 
 from rlhf_helpers.models import at_the_last
 from rlhf_helpers.quirks import is_4bit_layer
+from rlhf_helpers.shard import is_sharded
 
 STACKS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
 
 def can_unpack(lm):
     """Whether this is what the module knows: a 4-bit Llama in bf16 on a CPU with eager attention, no biases, no adapters or plain
-    LoRA ones, and a oneDNN that multiplies in bf16."""
+    LoRA ones, and a oneDNN that multiplies in bf16. Not in shards: an unpacked copy is what they are there to avoid."""
     base = lm.get_base_model() if isinstance(lm, PeftModel) else lm
-    if type(base) is not LlamaForCausalLM or base.config._attn_implementation != "eager" or base.device.type != "cpu":
+    if (
+        is_sharded(lm)
+        or type(base) is not LlamaForCausalLM
+        or base.config._attn_implementation != "eager"
+        or base.device.type != "cpu"
+    ):
         return False
     layers = [base_of(linear(layer, name)) for layer in base.model.layers for names in STACKS for name in names]
     plain = all(is_4bit_layer(layer) and layer.bias is None for layer in layers) and base.lm_head.bias is None
@@ -204,14 +210,14 @@ class Reader:
 
 def can_graph(lm):
     """Whether `Graphed` knows this model: a Llama, Mistral or Qwen on one CUDA card. (Others make masks or positions in ways that
-    do not fit.)"""
+    do not fit; shards meet other processes, which no graph can note.)"""
     base = lm.get_base_model() if isinstance(lm, PeftModel) else lm
     cards = set(map(str, getattr(base, "hf_device_map", {}).values()))
     known = base.config.model_type in ("llama", "mistral", "qwen2", "qwen3")
     known &= base.config._attn_implementation in ("eager", "sdpa")
     rope = (getattr(base.config, "rope_parameters", None) or {}).get("rope_type", "default")
     fixed = "dynamic" not in str(rope) and not getattr(base, "is_loaded_in_8bit", False)  # nothing that looks at the numbers
-    return known and fixed and base.device.type == "cuda" and len(cards) < 2
+    return known and fixed and base.device.type == "cuda" and len(cards) < 2 and not is_sharded(lm)
 
 
 class Graphed:

@@ -18,6 +18,7 @@ from rlhf_helpers.errors import InputError
 from rlhf_helpers.files import reason
 from rlhf_helpers.machine import device_and_dtype, no_four_bit
 from rlhf_helpers.quirks import give_back_large_blocks, give_back_the_rest, is_4bit_layer, keep_gradients, unmap
+from rlhf_helpers.shard import STORAGE, several_processes, shard
 
 transformers_logging.disable_progress_bar()  # "Loading weights: 100%" on stderr, once per load
 
@@ -52,13 +53,15 @@ def usable(model):
         ) from error
 
 
-def quantization_config(compute_dtype=torch.bfloat16):
-    """4-bit NF4 with double quantization (Dettmers et al. 2023, arXiv:2305.14314)."""
+def quantization_config(compute_dtype=torch.bfloat16, storage=torch.uint8):
+    """4-bit NF4 with double quantization (Dettmers et al. 2023, arXiv:2305.14314). `storage` is the dtype whose bits hold the codes:
+    another one changes no number."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_use_double_quant=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_quant_storage=storage,
     )
 
 
@@ -102,9 +105,10 @@ def encode_prompt(tokenizer, prompt, system=None):
     return tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
 
 
-def load_causal_lm(model, quantize=True, dtype=None):
+def load_causal_lm(model, quantize=True, dtype=None, to_shard=False):
     """The frozen base model in 4-bit NF4 (or in the compute dtype, with `quantize=False`, and, with a sentence, on a CPU
-    without bitsandbytes), in eval mode. `dtype` is that of the computation, by default the machine's."""
+    without bitsandbytes), in eval mode. `dtype` is that of the computation, by default the machine's. `to_shard` leaves it in the
+    computer's memory, whole, as `shard.shard` wants it."""
     device, native = device_and_dtype()
     dtype = dtype or native
     if quantize and (lacking := no_four_bit()):
@@ -122,8 +126,8 @@ def load_causal_lm(model, quantize=True, dtype=None):
         lm = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
-            quantization_config=quantization_config(dtype) if quantize else None,
-            device_map={"": device},
+            quantization_config=quantization_config(dtype, STORAGE if to_shard else torch.uint8) if quantize else None,
+            device_map={"": "cpu" if to_shard else device},
             attn_implementation="eager" if device.type == "cpu" else "sdpa",  # measured: eager trains faster on two cores
         )
     keep_gradients(lm)
@@ -137,11 +141,16 @@ def is_4bit(module):
     return any(map(is_4bit_layer, module.modules()))
 
 
-def load_policy(profile, seed=0, quantize=True, dtype=None):
-    """(policy, tokenizer) of a profile: 4-bit base, new LoRA adapters (fp32, B zero, so KL starts at 0), value head."""
+def load_policy(profile, seed=0, quantize=True, dtype=None, sharded=False):
+    """(policy, tokenizer) of a profile: 4-bit base, new LoRA adapters (fp32, B zero, so KL starts at 0), value head. `sharded`: the
+    base in slices, one for each process (see `shard`)."""
+    if sharded:
+        several_processes()
     give_back_large_blocks()
     tokenizer = load_tokenizer(profile.model)
-    policy = with_adapters(load_causal_lm(profile.model, quantize, dtype), profile, seed)
+    policy = with_adapters(load_causal_lm(profile.model, quantize, dtype, sharded), profile, seed)
+    if sharded:
+        shard(policy)
     give_back_the_rest()
     return policy, tokenizer
 

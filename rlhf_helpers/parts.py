@@ -14,6 +14,7 @@ from rlhf_helpers.files import shown
 from rlhf_helpers.machine import device_and_dtype
 from rlhf_helpers.models import PolicyWithValueHead, encode_prompt, is_4bit
 from rlhf_helpers.quirks import give_back_large_blocks
+from rlhf_helpers.shard import refuse_accelerate_fsdp
 
 
 def check_parts(model, ref_model, tokenizer):
@@ -45,6 +46,7 @@ def bare(model):
 def processes(config):
     """Accelerate's view of this process and its fellows. No autocast, whatever `accelerate config` says: it would reach scoring,
     and not sampling."""
+    refuse_accelerate_fsdp()
     on_cpu = device_and_dtype()[0].type == "cpu"  # said aloud, else Accelerate would not join several processes on a CPU
     if on_cpu:
         give_back_large_blocks()

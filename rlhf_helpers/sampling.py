@@ -16,6 +16,7 @@ import torch
 from rlhf_helpers import fast
 from rlhf_helpers.errors import InputError
 from rlhf_helpers.models import at_the_last, positions_of
+from rlhf_helpers.shard import everywhere
 
 # What `generate` takes so that calls written for TRL keep working; any other value would change what is sampled.
 NEUTRAL = {
@@ -152,7 +153,7 @@ def sample(lm, queries, max_new_tokens, eos_id, pad_id, temperature=1.0, generat
         written.append((torch.where(ended, -1, drawn), -nll(logits, drawn), hidden[: len(queries), None]))  # -1: after the end
         drawn = torch.where(ended, pad_id, drawn)
         ended |= torch.isin(drawn, ends) & (written[-1][0] >= 0)
-        if ended.all():
+        if everywhere(ended.all(), lm):  # of a model in shards, each process is asked for its share of every token
             break
         tokens = drawn[company]
         positions = positions[:, -1:] + 1

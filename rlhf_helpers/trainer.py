@@ -16,6 +16,7 @@ from rlhf_helpers.models import eos_ids, response_logits
 from rlhf_helpers.parts import adam, check_parts, encode_prompts, processes, reference_of, room_for_prompts, rows_of
 from rlhf_helpers.rollout import checked_batch, checked_ids, clipped_scores, collate, fill_rewards, gae_advantages
 from rlhf_helpers.sampling import Drawn, checked_options, digest, how_drawn, padded, reader_of, sample
+from rlhf_helpers.shard import everywhere
 from rlhf_helpers.stats import Clock, minibatch_stats, sampler_stats, step_stats
 
 
@@ -168,6 +169,7 @@ class PPOTrainer:
         rollout = collate(queries, responses, scores, tokenizer.pad_token_id, self.device)
         rollout.texts, rollout.prompts = self.decode(responses), prompts or tokenizer.batch_decode(queries)
         rollout.sampler_logprobs, hidden = padded(notes, self.device)
+        skip = skip and everywhere(hidden is not None, self.model.pretrained_model)  # one pass more, or less, is for all
         chunks = torch.arange(len(rollout), device=self.device).split(config.mini_batch_size)
         parts = [self._score_tokens(rollout, rows, hidden if skip else None) for rows in chunks]
         rollout.logprobs, rollout.ref_logprobs, rollout.values, rollout.kl = (torch.cat(part) for part in zip(*parts))

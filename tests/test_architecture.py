@@ -9,7 +9,7 @@ import rlhf_helpers
 
 FLOORS = {
     0: ("config", "errors", "data", "ppo", "assets", "quirks", "interrupts", "progress", "files", "intervals", "course.gold"),
-    1: ("machine", "models", "sampling", "fast"),
+    1: ("machine", "models", "sampling", "fast", "shard"),
     2: ("reward", "rollout", "stats", "checkpoint", "memory", "course.grading", "course.experiments", "parts", "pairwise"),
     3: (
         "trainer",
@@ -31,8 +31,8 @@ NAME = lambda path: ".".join(path.relative_to(ROOT).with_suffix("").parts)
 MODULES = {NAME(path): path for path in ROOT.rglob("*.py") if path.stem != "__init__"}
 # What may be imported on one's own floor.
 SAME_FLOOR = {("pairwise", "reward"), ("reward", "pairwise"), ("data", "errors"), ("config", "errors"), ("assets", "config"), ("assets", "files"), ("data", "files"), ("assets", "errors"),
-              ("assets", "quirks"), ("files", "errors"), ("models", "machine"), ("sampling", "models"), ("sampling", "fast"),
-              ("fast", "models"), ("assets", "progress"), ("dpo", "trl_bridge"), ("course.exercises", "course.first_exercises")}  # fmt: skip
+              ("assets", "quirks"), ("files", "errors"), ("models", "machine"), ("sampling", "models"), ("sampling", "fast"), ("shard", "machine"),
+              ("fast", "models"), ("models", "shard"), ("fast", "shard"), ("sampling", "shard"), ("assets", "progress"), ("dpo", "trl_bridge"), ("course.exercises", "course.first_exercises")}  # fmt: skip
 
 
 def imports(path):

@@ -75,9 +75,11 @@ def test_the_activations_are_near_what_autograd_keeps(checkpointing):
     assert kept_by_autograd(policy, tokens) == pytest.approx(computed, rel=0.1)  # the first layer keeps a little less
 
 
-@pytest.mark.parametrize("name, billions", [("Llama-3.2-1B", 1.236), ("Mistral-7B", 7.242), ("Llama-2-13B", 13.016)])
+@pytest.mark.parametrize(
+    "name, billions", [("Llama-3.2-1B", 1.236), ("Mistral-7B", 7.242), ("Llama-2-13B", 13.016), ("Llama-3.1-70B", 70.554)]
+)
 def test_the_sizes_are_the_published_ones(name, billions):
-    layers, others = memory.linears(memory.SIZES[name])
+    layers, others = memory.linears((memory.SIZES | memory.LARGE)[name])
     assert (sum(layer.weight.numel() for layer in layers.values()) + others) / 1e9 == pytest.approx(billions, abs=5e-4)
 
 

@@ -15,12 +15,12 @@ LAUNCH = """-m accelerate.commands.launch --multi_gpu --num_machines 1 --num_pro
     --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process 1"""
 
 
-def launch(processes, *arguments):
-    """The output of one process, or of two under `accelerate launch`; fails with it if the status is not 0."""
+def launch(processes, *arguments, status=0, **environment):
+    """The output of one process, or of two under `accelerate launch`; fails with it if the status is another one."""
     command = [sys.executable, *(LAUNCH.split() if processes == 2 else []), "-m", *arguments]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     ran = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300, env=env)
-    assert ran.returncode == 0, ran.stdout
+    assert ran.returncode == status, ran.stdout
     return ran.stdout
 
 

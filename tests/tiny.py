@@ -16,6 +16,7 @@ from transformers import (
 
 from rlhf_helpers.config import PPOConfig
 from rlhf_helpers.models import PolicyWithValueHead, quantization_config
+from rlhf_helpers.shard import shard
 from rlhf_helpers.trainer import PPOTrainer
 
 V, PAD, EOS, BOS, UNK = 128, 0, 1, 2, 3
@@ -54,12 +55,12 @@ def gpt2(seed=0, **options):
     )
 
 
-def nf4_llama(folder):
+def nf4_llama(folder, storage=torch.uint8):
     """The Llama of a folder in 4-bit NF4, as bitsandbytes gives it: not yet wrapped, not yet protected."""
     lm = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=torch.bfloat16,
-        quantization_config=quantization_config(),
+        quantization_config=quantization_config(storage=storage),
         device_map={"": "cpu"},
         attn_implementation="eager",
     )
@@ -77,12 +78,14 @@ def with_lora(lm, targets=("q_proj", "v_proj"), b_scale=0.0, seed=0, dropout=0.0
     return lm
 
 
-def trainer(lm=None, ref_model=None, value_head=0.1, tokenizer=tokenizer(), **config):
-    """A PPOTrainer on a tiny model (a Llama with LoRA by default). The value head is random, so that values matter."""
+def trainer(lm=None, ref_model=None, value_head=0.1, tokenizer=tokenizer(), sharded=False, **config):
+    """A PPOTrainer on a tiny model (a Llama with LoRA by default), whole or in shards. The value head is random, so that values
+    matter."""
     settings = dict(batch_size=4, mini_batch_size=4, ppo_epochs=1, learning_rate=1e-2, max_new_tokens=8) | config
     policy = PolicyWithValueHead(with_lora(llama()) if lm is None else lm)
     torch.manual_seed(1)
     torch.nn.init.normal_(policy.v_head.summary.weight, 0, value_head)
+    policy = shard(policy) if sharded else policy
     return PPOTrainer(config=PPOConfig(**settings), model=policy, ref_model=ref_model, tokenizer=tokenizer)
 
 

@@ -28,11 +28,13 @@ def my_share(trainer, sequence):
     return sequence[rank * size : (rank + 1) * size]
 
 
-def stepped(steps=2, **config):
+def stepped(steps=2, lm=None, sharded=False, **config):
     """A trainer after `steps` steps on fixed batches, one optimizer step per epoch; each process has its share of the rows."""
     world = PartialState(cpu=True).num_processes
     settings = dict(batch_size=4 // world, mini_batch_size=2 // world, gradient_accumulation_steps=2, ppo_epochs=2)
-    trainer = tiny.trainer(**settings | dict(max_grad_norm=0.5, whiten_rewards=True, cliprange=0.05) | config)
+    trainer = tiny.trainer(
+        lm, sharded=sharded, **settings | dict(max_grad_norm=0.5, whiten_rewards=True, cliprange=0.05) | config
+    )
     trainer.permutation = ORDERS.get
     for step in range(steps):
         trainer.step(*(my_share(trainer, part) for part in tiny.batch(4, seed=step)))
