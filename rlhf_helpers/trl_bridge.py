@@ -1,4 +1,4 @@
-"""What TRL 1.12's own trainers need around the parts of this course (notebook 06). The only module that imports trl; TRL itself
+"""What TRL 1.12's own trainers need around the parts of this course (notebooks 06 and 08). The only module that imports trl; TRL itself
 is used as it is.
 
 TRL's PPOTrainer expects a reward model that reads the policy's token ids, and a value model of its own. Ours read text, and
@@ -40,7 +40,8 @@ from rlhf_helpers.trainer import PPOTrainer
 VERSION = "1.12.0"
 PPO = "trl.experimental.ppo"
 MODULES = {"PPOTrainer": PPO, "PPOConfig": PPO} | dict.fromkeys(
-    ("RewardTrainer", "RewardConfig", "DPOTrainer", "DPOConfig"), "trl"
+    ("RewardTrainer", "RewardConfig", "DPOTrainer", "DPOConfig", "GRPOTrainer", "GRPOConfig", "RLOOTrainer", "RLOOConfig"),
+    "trl",
 )
 EXPECTED = f"expected trl=={VERSION}: pip install trl=={VERSION}"
 
@@ -79,6 +80,19 @@ def quiet():
             yield
     finally:
         transformers_logging.set_verbosity(level)
+
+
+@contextlib.contextmanager
+def own_adapters(lm):
+    """While TRL builds a trainer on the PEFT model `lm`: it rounds the adapters of 4-bit models to bf16, where small steps vanish,
+    and afterwards they are as they were."""
+    keep_gradients(lm)
+    kept = {name: parameter.data.clone() for name, parameter in lm.named_parameters() if parameter.requires_grad}
+    with quiet():
+        yield
+    for name, parameter in lm.named_parameters():
+        if name in kept:
+            parameter.data = kept[name]
 
 
 # ---------------------------------------------------------------- what PPOTrainer is given

@@ -31,6 +31,19 @@ WRONG = {
         ("lambda values, old, new: sum(v * n / o for v, o, n in zip(values, old, new))", "divide by the number of draws"),
         ("lambda values, old, new: sum(v * n for v, n in zip(values, new)) / len(values)", "divide by them"),
     ],
+    "check_share_between": [
+        ("lambda rewards: rewards.mean(1).var() / rewards.var()", "still scatters"),
+        ("lambda rewards: rewards.mean(1).var() / (rewards.mean(1).var() + rewards.var(1).mean())", "take that off"),
+        ("lambda rewards: rewards.var(1).mean() / rewards.var()", "share within"),
+        ("lambda rewards: rewards.mean(1).var() - rewards.var(1).mean() / rewards.shape[1]", "divide it by between + within"),
+    ],
+    "check_group_normalised": [
+        ("lambda groups: groups - groups.mean(1, keepdim=True)", "as well"),
+        ("lambda groups: (groups - groups.mean(1, keepdim=True)) / groups.std(1, keepdim=True)", "0/0 is NaN"),
+        ("lambda groups: (groups - groups.mean()) / (groups.std() + 1e-4)", "whole batch"),
+        ("lambda groups: (groups - groups.mean(1, keepdim=True)) / (groups.std() + 1e-4)", "each group has its own"),
+    ],
+    "check_what_follows": [('"A"', "could have put PPO ahead"), ('"b"', "no proof that two are alike"), ("3", "one of the letters")],
     "check_quantize": [
         ("lambda block, levels: ((block[:, None] - levels).abs().argmin(1), block.abs().max())", "divide the block by its scale"),
         ("lambda block, levels: ((block[:, None] / block.max() - levels).abs().argmin(1), block.max())", "may be a negative one"),
