@@ -95,6 +95,13 @@ def own_adapters(lm):
             parameter.data = kept[name]
 
 
+def train_quietly(trainer):
+    """`trainer.train()` of any of TRL's trainers, without a line of thirty numbers for every update."""
+    trainer.remove_callback(PrinterCallback)
+    with quiet():
+        trainer.train()
+
+
 # ---------------------------------------------------------------- what PPOTrainer is given
 
 
