@@ -3,11 +3,10 @@
 import tempfile
 
 import torch
-from transformers import PrinterCallback
 
 from rlhf_helpers.machine import device_and_dtype
 from rlhf_helpers.models import encode_prompt
-from rlhf_helpers.trl_bridge import own_adapters, quiet, trl_part
+from rlhf_helpers.trl_bridge import own_adapters, quiet, train_quietly, trl_part
 
 
 def dpo_rows(pairs, tokenizer, ended, system=None):
@@ -62,8 +61,7 @@ def train_with_dpo(
         )
         with own_adapters(lm):
             trainer = Ready(lm, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        train_quietly(trainer)
     names = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
     log = [row for row in trainer.state.log_history if "loss" in row]
     if "ref" in lm.peft_config:

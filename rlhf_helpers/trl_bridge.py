@@ -315,8 +315,7 @@ def train_reward_model_with_trl(pairs, encoder="minilm-l6-v2", epochs=2, batch_s
             seed=seed,
         )
         trainer = trl_part("RewardTrainer")(model, arguments, train_dataset=Dataset.from_dict(ids), processing_class=tokenizer)
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        train_quietly(trainer)
     rm.model.eval().requires_grad_(False)
     rm.standardise(*base_samples(pairs))
     return rm, [dict(step=row["step"], loss=float(row["loss"])) for row in trainer.state.log_history if "loss" in row]
