@@ -57,7 +57,9 @@ def test_what_is_listed_and_has_no_log_is_said_to_be_missing(home):
 
 def test_the_plane_has_a_dot_for_every_run_and_best_of_n_as_a_line(home):
     assert compare.plane("headline") is None
-    write("headline", "frozen", 0), write("headline", "frozen", 1, kl=9.0), write("dpo", "beta_1", 0, ["a", "a"], kl=1.0)
+    write("headline", "frozen", 0), write("headline", "frozen", 1, kl=9.0)
+    assert compare.plane("headline").axes[0].get_legend() is None  # nothing to tell apart
+    write("dpo", "beta_1", 0, ["a", "a"], kl=1.0)
     axis = compare.plane("headline", "dpo", names={"frozen": "value head"}).axes[0]
     dots = {scatter.get_label(): scatter.get_offsets().tolist() for scatter in axis.collections}
     assert dots == {"value head": [[2.0, 2.0], [3.0, 2.0]], "beta_1": [[1.0, 0.0]]}

@@ -115,6 +115,6 @@ def plane(*experiments, names=None):
     ticks = [t for t in (0, 0.25, 1, 2, 4, 6, 9, 12, 16, 25, 50, 100, 200) if t <= 1.2 * most + 1]
     axis.set_xticks([math.sqrt(t) for t in ticks], [f"{t:g}" for t in ticks])
     axis.tick_params(labelsize=8)
-    if len(conditions) > 1:
+    if len(conditions) > 1 or names:
         axis.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
