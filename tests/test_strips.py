@@ -7,6 +7,7 @@ import pytest
 from tests import test_notebooks as pages
 from tools import strips
 
+SVG = "{http://www.w3.org/2000/svg}"
 NUMBERS = list(strips.HERE)
 
 
@@ -18,9 +19,9 @@ def test_what_is_stored_is_what_the_tool_draws(number):
 @pytest.mark.parametrize("number", NUMBERS)
 def test_the_parts_of_a_notebook_are_in_colour_and_the_others_are_not(number):
     root = ET.fromstring(strips.strip(number))
-    bold = [text.text for text in root.iter("{*}text") if text.text in strips.BOXES and text.get("font-weight") == "bold"]
+    bold = [text.text for text in root.iter(f"{SVG}text") if text.text in strips.BOXES and text.get("font-weight") == "bold"]
     assert set(bold) == set(strips.HERE[number]) - {"loop"} and len(bold) >= 2
-    grounds = {rect.get("fill") for rect in root.iter("{*}rect")}
+    grounds = {rect.get("fill") for rect in root.iter(f"{SVG}rect")}
     assert grounds == {"#fff"} | {strips.BOXES[part][3][0] for part in bold}
     assert number in root.get("aria-label")
 
