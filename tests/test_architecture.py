@@ -37,6 +37,7 @@ FLOORS = {
         "course.first_exercises",
         "course.more_exercises",
         "course.guesses",
+        "course.part_exercises",
     ),
     4: ("__main__", "trl_bridge", "course.two_processes", "course.variants", "course.compare", "dpo"),
 }
@@ -48,7 +49,7 @@ MODULES = {NAME(path): path for path in ROOT.rglob("*.py") if path.stem != "__in
 SAME_FLOOR = {("pairwise", "reward"), ("reward", "pairwise"), ("data", "errors"), ("config", "errors"), ("assets", "config"), ("assets", "files"), ("data", "files"), ("assets", "errors"),
               ("assets", "quirks"), ("files", "errors"), ("models", "machine"), ("sampling", "models"), ("sampling", "fast"),
               ("fast", "models"), ("assets", "progress"), ("dpo", "trl_bridge"), ("course.exercises", "course.first_exercises"),
-              ("course.exercises", "course.more_exercises")}  # fmt: skip
+              ("course.exercises", "course.more_exercises"), ("course.exercises", "course.part_exercises")}  # fmt: skip
 
 
 def imports(path):
