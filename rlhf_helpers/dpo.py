@@ -3,12 +3,10 @@
 import tempfile
 
 import torch
-from transformers import PrinterCallback
 
 from rlhf_helpers.machine import device_and_dtype
 from rlhf_helpers.models import encode_prompt
-from rlhf_helpers.quirks import keep_gradients
-from rlhf_helpers.trl_bridge import quiet, trl_part
+from rlhf_helpers.trl_bridge import own_adapters, quiet, train_quietly, trl_part
 
 
 def dpo_rows(pairs, tokenizer, ended, system=None):
@@ -39,7 +37,6 @@ def train_with_dpo(
             return dataset  # it has ids already
 
     lm = policy.pretrained_model
-    keep_gradients(lm)
     with tempfile.TemporaryDirectory(prefix="trl-") as folder, quiet():
         arguments = trl_part("DPOConfig")(
             output_dir=folder,
@@ -62,13 +59,9 @@ def train_with_dpo(
             disable_tqdm=True,
             seed=seed,
         )
-        kept = {name: parameter.data.clone() for name, parameter in lm.named_parameters() if parameter.requires_grad}
-        trainer = Ready(lm, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
-        for name, parameter in lm.named_parameters():
-            if name in kept:
-                parameter.data = kept[name]  # TRL has rounded adapters of 4-bit models to bf16, where small steps vanish
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        with own_adapters(lm):
+            trainer = Ready(lm, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+        train_quietly(trainer)
     names = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
     log = [row for row in trainer.state.log_history if "loss" in row]
     if "ref" in lm.peft_config:

@@ -1,4 +1,4 @@
-"""What TRL 1.12's own trainers need around the parts of this course (notebook 06). The only module that imports trl; TRL itself
+"""What TRL 1.12's own trainers need around the parts of this course (notebooks 06 and 08). The only module that imports trl; TRL itself
 is used as it is.
 
 TRL's PPOTrainer expects a reward model that reads the policy's token ids, and a value model of its own. Ours read text, and
@@ -40,7 +40,8 @@ from rlhf_helpers.trainer import PPOTrainer
 VERSION = "1.12.0"
 PPO = "trl.experimental.ppo"
 MODULES = {"PPOTrainer": PPO, "PPOConfig": PPO} | dict.fromkeys(
-    ("RewardTrainer", "RewardConfig", "DPOTrainer", "DPOConfig"), "trl"
+    ("RewardTrainer", "RewardConfig", "DPOTrainer", "DPOConfig", "GRPOTrainer", "GRPOConfig", "RLOOTrainer", "RLOOConfig"),
+    "trl",
 )
 EXPECTED = f"expected trl=={VERSION}: pip install trl=={VERSION}"
 
@@ -79,6 +80,26 @@ def quiet():
             yield
     finally:
         transformers_logging.set_verbosity(level)
+
+
+@contextlib.contextmanager
+def own_adapters(lm):
+    """While TRL builds a trainer on the PEFT model `lm`: it rounds the adapters of 4-bit models to bf16, where small steps vanish,
+    and afterwards they are as they were."""
+    keep_gradients(lm)
+    kept = {name: parameter.data.clone() for name, parameter in lm.named_parameters() if parameter.requires_grad}
+    with quiet():
+        yield
+    for name, parameter in lm.named_parameters():
+        if name in kept:
+            parameter.data = kept[name]
+
+
+def train_quietly(trainer):
+    """`trainer.train()` of any of TRL's trainers, without a line of thirty numbers for every update."""
+    trainer.remove_callback(PrinterCallback)
+    with quiet():
+        trainer.train()
 
 
 # ---------------------------------------------------------------- what PPOTrainer is given
@@ -294,8 +315,7 @@ def train_reward_model_with_trl(pairs, encoder="minilm-l6-v2", epochs=2, batch_s
             seed=seed,
         )
         trainer = trl_part("RewardTrainer")(model, arguments, train_dataset=Dataset.from_dict(ids), processing_class=tokenizer)
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        train_quietly(trainer)
     rm.model.eval().requires_grad_(False)
     rm.standardise(*base_samples(pairs))
     return rm, [dict(step=row["step"], loss=float(row["loss"])) for row in trainer.state.log_history if "loss" in row]

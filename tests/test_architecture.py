@@ -8,7 +8,20 @@ import pytest
 import rlhf_helpers
 
 FLOORS = {
-    0: ("config", "errors", "data", "ppo", "assets", "quirks", "interrupts", "progress", "files", "intervals", "course.gold"),
+    0: (
+        "config",
+        "errors",
+        "data",
+        "ppo",
+        "assets",
+        "quirks",
+        "interrupts",
+        "progress",
+        "files",
+        "intervals",
+        "course.gold",
+        "course.recall",
+    ),
     1: ("machine", "models", "sampling", "fast", "shard"),
     2: ("reward", "rollout", "stats", "checkpoint", "memory", "course.grading", "course.experiments", "parts", "pairwise"),
     3: (
@@ -22,8 +35,11 @@ FLOORS = {
         "course.runs",
         "course.inspector",
         "course.first_exercises",
+        "course.more_exercises",
+        "course.guesses",
+        "course.part_exercises",
     ),
-    4: ("__main__", "trl_bridge", "course.two_processes", "course.variants", "dpo"),
+    4: ("__main__", "trl_bridge", "course.two_processes", "course.variants", "course.compare", "dpo"),
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
 ROOT = Path(rlhf_helpers.__file__).parent
@@ -32,7 +48,9 @@ MODULES = {NAME(path): path for path in ROOT.rglob("*.py") if path.stem != "__in
 # What may be imported on one's own floor.
 SAME_FLOOR = {("pairwise", "reward"), ("reward", "pairwise"), ("data", "errors"), ("config", "errors"), ("assets", "config"), ("assets", "files"), ("data", "files"), ("assets", "errors"),
               ("assets", "quirks"), ("files", "errors"), ("models", "machine"), ("sampling", "models"), ("sampling", "fast"), ("shard", "machine"),
-              ("fast", "models"), ("models", "shard"), ("fast", "shard"), ("sampling", "shard"), ("assets", "progress"), ("dpo", "trl_bridge"), ("course.exercises", "course.first_exercises")}  # fmt: skip
+              ("fast", "models"), ("models", "shard"), ("fast", "shard"), ("sampling", "shard"), ("assets", "progress"), ("dpo", "trl_bridge"),
+              ("course.exercises", "course.first_exercises"),
+              ("course.exercises", "course.more_exercises"), ("course.exercises", "course.part_exercises")}  # fmt: skip
 
 
 def imports(path):

@@ -31,7 +31,7 @@ def first_code(notebook):
 
 
 CELL = first_code(NOTEBOOKS[0])
-WITH_TRL = CELL.replace('"rlhf_helpers", ""', '"trl", "[trl]"')  # notebook 06 alone needs TRL
+WITH_TRL = CELL.replace('"rlhf_helpers", ""', '"trl", "[trl]"')  # notebooks 06 and 08 alone need TRL
 
 
 # ---------------------------------------------------------------- what the cell is
@@ -42,7 +42,7 @@ def test_every_notebook_has_the_badge_and_the_same_first_cell(notebook):
     page = json.loads(notebook.read_text(encoding="utf-8"))["cells"][0]
     link = REPOSITORY.replace("https://github.com", "https://colab.research.google.com/github")
     assert f"({link}/blob/main/notebooks/{notebook.name})" in "".join(page["source"])
-    assert first_code(notebook) == (WITH_TRL if notebook.name.startswith("06") else CELL)
+    assert first_code(notebook) == (WITH_TRL if notebook.name.startswith(("06", "08")) else CELL)
 
 
 def test_the_cell_fetches_this_repository():
@@ -91,7 +91,7 @@ def test_on_colab_it_clones_installs_and_is_silent(monkeypatch, tmp_path, capsys
     assert Path.cwd() == Path(folder) / "notebooks" and capsys.readouterr().out == ""
 
 
-def test_notebook_06_installs_trl_as_well(monkeypatch, tmp_path):
+def test_notebooks_06_and_08_install_trl_as_well(monkeypatch, tmp_path):
     assert run_cell(monkeypatch, tmp_path, {}, cell=WITH_TRL)[1][-1] == str(tmp_path / Path(FOLDER).name) + "[trl]"
 
 
@@ -157,7 +157,7 @@ def test_the_dependencies_leave_every_version_of_colab_as_it_is(tmp_path):
 
 
 @pytest.mark.slow
-def test_trl_moves_datasets_and_its_pyarrow_so_only_notebook_06_installs_it(tmp_path):
+def test_trl_moves_datasets_and_its_pyarrow_so_only_notebooks_06_and_08_install_it(tmp_path):
     done = resolve(tmp_path, "trl")
     assert done.returncode != 0 and "datasets" in done.stderr and "trl" in done.stderr
     moved, without = {"datasets", "pyarrow"}, tmp_path / "without.txt"

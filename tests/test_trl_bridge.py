@@ -2,13 +2,14 @@
 
 import importlib
 import importlib.metadata
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_helpers import dpo, trl_bridge
+from rlhf_helpers import advantages, dpo, trl_bridge
 from rlhf_helpers.config import CPU, PPOConfig
 from rlhf_helpers.models import PolicyWithValueHead
 from rlhf_helpers.reward import RewardModel, pair_accuracy
@@ -253,3 +254,37 @@ def test_dpo_moves_the_adapters_in_fp32_and_prefers_the_chosen(nf4):
     adapters = {name: p for name, p in lm.named_parameters() if "lora_" in name}
     assert all(p.dtype == torch.float32 for p in adapters.values())
     assert all(p.any() for name, p in adapters.items() if "lora_B" in name)
+
+
+@needs_trl
+@pytest.mark.parametrize("kind, ours", [("GRPO", advantages.group_normalised), ("RLOO", advantages.leave_one_out)])
+def test_trls_group_trainers_use_the_advantages_that_ours_make_and_learn_in_fp32(nf4, tmp_path, capsys, kind, ours):
+    from datasets import Dataset
+
+    lm, noted = nf4(), []
+
+    def reward(prompts, completions, **_):
+        noted[:] = [float(i * i % 7) for i in range(len(completions))]
+        return noted
+
+    arguments = trl_bridge.trl_part(f"{kind}Config")(
+        output_dir=str(tmp_path), per_device_train_batch_size=8, num_generations=4, max_completion_length=6, beta=0.05,
+        learning_rate=1e-6, max_steps=1, logging_steps=1, bf16=False, gradient_checkpointing=False, use_cpu=True,
+        report_to="none", save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    with trl_bridge.own_adapters(lm):
+        trainer = trl_bridge.trl_part(f"{kind}Trainer")(
+            model=lm, reward_funcs=reward, args=arguments, processing_class=tiny.tokenizer(),
+            train_dataset=Dataset.from_list([dict(prompt=prompt) for prompt in PROMPTS]),
+        )  # fmt: skip
+    adapters = {name: p for name, p in lm.named_parameters() if "lora_" in name and ".default." in name}
+    assert {p.dtype for p in adapters.values()} == {torch.float32}
+    capsys.readouterr()
+    trl_bridge.train_quietly(trainer)
+    assert capsys.readouterr().out == ""
+    assert all(p.any() for name, p in adapters.items() if "lora_B" in name)  # steps of 1e-6 count
+    scores = torch.tensor(noted)[:, None]
+    rollout = SimpleNamespace(rewards=scores, mask=torch.ones_like(scores, dtype=torch.bool), values=torch.zeros_like(scores))
+    theirs = torch.tensor(list(trainer._logs["advantages"]))
+    expected = ours(rollout, PPOConfig(num_generations=4))[0][:, 0]
+    torch.testing.assert_close(theirs * theirs.square().mean().rsqrt(), expected, atol=1e-4, rtol=1e-4)

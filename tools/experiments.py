@@ -12,7 +12,8 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from rlhf_helpers.course import plots
+from rlhf_helpers.course import compare
+from rlhf_helpers.course.compare import SIZES, base, gain, plane, signed, spread
 from rlhf_helpers.course.experiments import EXPERIMENTS, missing
 from rlhf_helpers.course.gold import gold_parts
 from rlhf_helpers.course.runs import logs_of
@@ -21,33 +22,12 @@ from rlhf_helpers.intervals import mean_interval, two_level_interval
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "experiments.md"
-SIZES = (1, 2, 4, 8, 16, 32, 64)
 NONE_YET = "*Not made yet.*"
 
 
 def table(head, rows):
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
-def signed(x):
-    return f"{x:+.2f}"
-
-
-def spread(interval):
-    mean, (low, high) = interval
-    return f"{signed(mean)} ({signed(low)} to {signed(high)})"
-
-
-def base(split):
-    """The log of the untrained model's answers to a split, or None."""
-    return next(iter(logs_of("base", split)), None)
-
-
-def gain(log, name):
-    """What a run's answers gained over the untrained model's, prompt by prompt, (prompts,)."""
-    before = base(log.after["split"])
-    return log.by_prompt(getattr(log, name)).mean(1) - before.by_prompt(getattr(before, name)).mean(1)
 
 
 def row_of(log):
@@ -155,66 +135,11 @@ def samples():
 
 def compared(experiment):
     """An experiment of several conditions: means over its seeds, and the gain's interval over seeds and prompts."""
-    found = {}
-    for log in logs_of(experiment):
-        found.setdefault(log.head["condition"], []).append(log)
-    if not found:
-        return NONE_YET
-    rows, frozen = [], {log.head["seed"]: log for log in logs_of("headline")}
-    for condition, logs in found.items():
-        gains = {name: np.stack([gain(log, name) for log in logs]) for name in ("rewards", "gold")}
-        apart = [gain(log, "gold") - gain(frozen[log.head["seed"]], "gold") for log in logs if log.head["seed"] in frozen]
-        rows.append([condition, len(logs), *(spread(two_level_interval(g)) for g in gains.values()),
-                     verdict(two_level_interval(np.stack(apart))) if apart else "",
-                     " ".join(f"{log.kl:.1f}" for log in logs), f"{np.mean([log.whole for log in logs]):.0%}"])  # fmt: skip
-    columns = ["reward gained", "gold gained", "gold against the frozen recipe, same seeds", "KL of each", "whole"]
-    return table(["condition", "seeds", *columns], rows)
-
-
-def verdict(interval):
-    """A difference with its interval, called a tie where that has 0 in it."""
-    _, (low, high) = interval
-    return spread(interval) + (": a tie" if low <= 0 <= high else "")
+    found = compare.rows(experiment)
+    return table(compare.COLUMNS, found) if found else NONE_YET
 
 
 # ---------------------------------------------------------------- figures
-
-
-def plane(experiment):
-    """Gold over the square root of KL (Gao et al. 2023, arXiv:2210.10760): every run of an experiment as a dot, its conditions in
-    colours, and best of n of the untrained model as a line. None without logs."""
-    logs = logs_of(experiment)
-    if not logs or base(logs[0].after["split"]) is None:
-        return None
-    figure, axes = plots.new_figure(size=(6.4, 4.0))
-    axis, before = axes[0, 0], base(logs[0].after["split"])
-    rewards, gold = before.by_prompt(before.rewards), before.by_prompt(before.gold)
-    sizes = [n for n in SIZES if n <= rewards.shape[1]]
-    bound = [math.sqrt(math.log(n) - (n - 1) / n) for n in sizes]
-    level = [chosen_of(rewards, gold, n).mean() for n in sizes]
-    axis.plot(bound, level, color=plots.GREY, marker="o", markersize=3, linewidth=1)
-    for n, x, y in zip(sizes, bound, level):
-        axis.annotate(
-            f"best of {n}" if n > 1 else "untrained", (x, y), (4, -9), textcoords="offset points", fontsize=8, color=plots.GREY
-        )
-    conditions = list(dict.fromkeys(log.head["condition"] for log in logs))
-    for number, condition in enumerate(conditions):
-        own = [log for log in logs if log.head["condition"] == condition]
-        kl, height = [math.sqrt(max(log.kl, 0)) for log in own], [log.gold.mean() for log in own]
-        colour, marker = COLOURS[number % len(COLOURS)], "os^Dv"[number // len(COLOURS) % 5]
-        axis.scatter(kl, height, color=colour, marker=marker, s=26, label=condition, zorder=3)
-    axis.set_xlabel("KL, nats an answer (axis: its square root)", fontsize=9)
-    axis.set_ylabel("gold, mean of the last evaluation", fontsize=9)
-    most = max(log.kl for log in logs)
-    ticks = [t for t in (0, 0.25, 1, 2, 4, 6, 9, 12, 16, 25, 50, 100, 200) if t <= 1.2 * most + 1]
-    axis.set_xticks([math.sqrt(t) for t in ticks], [f"{t:g}" for t in ticks])
-    axis.tick_params(labelsize=8)
-    if len(conditions) > 1:
-        axis.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    return figure
-
-
-COLOURS = (plots.BLUE, plots.ORANGE, plots.GREEN, plots.RED, plots.PURPLE)
 
 
 def with_figure(experiment, text):

@@ -1,0 +1,120 @@
+"""Runs side by side, from their logs: what each gained over the untrained model, prompt by prompt, which differences are ties, and
+the plane of KL and gold. docs/experiments.md and notebook 08 are made with it."""
+
+import math
+
+import numpy as np
+
+from rlhf_helpers.course import plots
+from rlhf_helpers.course.experiments import EXPERIMENTS
+from rlhf_helpers.course.runs import logs_of
+from rlhf_helpers.evaluation import chosen_of
+from rlhf_helpers.intervals import two_level_interval
+
+SIZES = (1, 2, 4, 8, 16, 32, 64)
+COLOURS = (plots.BLUE, plots.ORANGE, plots.GREEN, plots.RED, plots.PURPLE)
+COLUMNS = [
+    "condition",
+    "seeds",
+    "reward gained",
+    "gold gained",
+    "gold against the frozen recipe, same seeds",
+    "KL of each",
+    "whole",
+]
+
+
+def base(split):
+    """The log of the untrained model's answers to a split, or None."""
+    return next(iter(logs_of("base", split)), None)
+
+
+def gain(log, name):
+    """What a run's answers gained over the untrained model's, prompt by prompt, (prompts,)."""
+    before = base(log.after["split"])
+    return log.by_prompt(getattr(log, name)).mean(1) - before.by_prompt(getattr(before, name)).mean(1)
+
+
+def signed(x):
+    return f"{x:+.2f}"
+
+
+def spread(interval):
+    mean, (low, high) = interval
+    return f"{signed(mean)} ({signed(low)} to {signed(high)})"
+
+
+def verdict(values):
+    """A difference, (seeds, prompts), with its interval: a tie where that has 0 in it, and no verdict from one seed."""
+    mean, (low, high) = interval = two_level_interval(values)
+    if len(values) == 1:
+        return f"{signed(mean)}: one seed decides nothing"
+    return spread(interval) + (": a tie" if low <= 0 <= high else "")
+
+
+def by_condition(*experiments):
+    """{condition: its logs} of experiments, in the order of their names."""
+    found = {}
+    for log in (log for experiment in experiments for log in logs_of(experiment)):
+        found.setdefault(log.head["condition"], []).append(log)
+    return found
+
+
+def against_frozen(logs, name):
+    """What runs gained beyond the frozen recipe's runs of the same seeds, (seeds, prompts); no rows without such."""
+    frozen = {log.head["seed"]: log for log in logs_of("headline")}
+    return [gain(log, name) - gain(frozen[log.head["seed"]], name) for log in logs if log.head["seed"] in frozen]
+
+
+def rows(*experiments):
+    """A row of COLUMNS for each condition that has logs: means over its seeds, gains with intervals over seeds and prompts."""
+    made = []
+    for condition, logs in by_condition(*experiments).items():
+        gains = (two_level_interval(np.stack([gain(log, name) for log in logs])) for name in ("rewards", "gold"))
+        apart = [] if logs[0].head.get("experiment") == "headline" else against_frozen(logs, "gold")
+        made.append([condition, len(logs), *map(spread, gains), verdict(np.stack(apart)) if apart else "",
+                     " ".join(f"{log.kl:.1f}" for log in logs), f"{np.mean([log.whole for log in logs]):.0%}"])  # fmt: skip
+    return made
+
+
+def not_made(*experiments):
+    """What is listed in the experiments and has no log yet: the names of the conditions."""
+    listed = [run.condition for experiment in experiments for run in EXPERIMENTS[experiment]]
+    return [condition for condition in dict.fromkeys(listed) if condition not in by_condition(*experiments)]
+
+
+# ---------------------------------------------------------------- the figure
+
+
+def plane(*experiments, names=None):
+    """Gold over the square root of KL (Gao et al. 2023, arXiv:2210.10760): every run of the experiments as a dot, their conditions
+    in colours, and best of n of the untrained model as a line. `names` are other words for conditions. None without logs."""
+    logs = [log for experiment in experiments for log in logs_of(experiment)]
+    if not logs or base(logs[0].after["split"]) is None:
+        return None
+    figure, axes = plots.new_figure(size=(6.4, 4.0))
+    axis, before = axes[0, 0], base(logs[0].after["split"])
+    rewards, gold = before.by_prompt(before.rewards), before.by_prompt(before.gold)
+    sizes = [n for n in SIZES if n <= rewards.shape[1]]
+    bound = [math.sqrt(math.log(n) - (n - 1) / n) for n in sizes]
+    level = [chosen_of(rewards, gold, n).mean() for n in sizes]
+    axis.plot(bound, level, color=plots.GREY, marker="o", markersize=3, linewidth=1)
+    for n, x, y in zip(sizes, bound, level):
+        axis.annotate(
+            f"best of {n}" if n > 1 else "untrained", (x, y), (4, -9), textcoords="offset points", fontsize=8, color=plots.GREY
+        )
+    conditions = list(dict.fromkeys(log.head["condition"] for log in logs))
+    for number, condition in enumerate(conditions):
+        own = [log for log in logs if log.head["condition"] == condition]
+        kl, height = [math.sqrt(max(log.kl, 0)) for log in own], [log.gold.mean() for log in own]
+        colour, marker = COLOURS[number % len(COLOURS)], "os^Dv"[number // len(COLOURS) % 5]
+        axis.scatter(kl, height, color=colour, marker=marker, s=26, label=(names or {}).get(condition, condition), zorder=3)
+    axis.set_xlabel("KL, nats an answer (axis: its square root)", fontsize=9)
+    axis.set_ylabel("gold, mean of the last evaluation", fontsize=9)
+    most = max(log.kl for log in logs)
+    ticks = [t for t in (0, 0.25, 1, 2, 4, 6, 9, 12, 16, 25, 50, 100, 200) if t <= 1.2 * most + 1]
+    axis.set_xticks([math.sqrt(t) for t in ticks], [f"{t:g}" for t in ticks])
+    axis.tick_params(labelsize=8)
+    if len(conditions) > 1 or names:
+        axis.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure

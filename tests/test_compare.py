@@ -1,0 +1,68 @@
+"""Runs side by side: who is compared with whom, what is called a tie, and what the plane shows."""
+
+import numpy as np
+import pytest
+
+from rlhf_helpers.course import compare, experiments, runs
+
+TEXTS = ["Tea is a warm drink.", "Rain is wet."]  # gold 2.5 and 1.5
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A project with two test prompts and the untrained model's answers to them, four each."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "prompts_test.jsonl").write_text('{"prompt": "What is tea?"}\n{"prompt": "What is rain?"}\n')
+    monkeypatch.setenv("RLHF_HOME", str(tmp_path))
+    write("base", "test", 0, ["a"] * 8, [0.0, 1.0, 2.0, 3.0] * 2, kl=0.0)
+    return tmp_path
+
+
+def write(experiment, condition, seed, texts=TEXTS, rewards=(2.0, 2.0), kl=4.0):
+    after = dict(split="test", responses=texts, rewards=list(rewards), kl=[kl] * len(texts))
+    head = dict(experiment=experiment, condition=condition, seed=seed)
+    runs.write_log(experiments.log_file(experiments.Run(experiment, condition, seed)), head, [], after)
+
+
+def test_a_condition_is_compared_with_the_frozen_recipe_s_runs_of_the_same_seeds(home):
+    write("headline", "frozen", 0, ["a", "a"])
+    write("headline", "frozen", 7)  # a seed that the other has not
+    write("advantages", "leave_one_out", 0)
+    assert np.stack(compare.against_frozen(runs.logs_of("advantages"), "gold")).tolist() == [[2.5, 1.5]]
+    (row,) = compare.rows("advantages")
+    assert dict(zip(compare.COLUMNS, row))["seeds"] == 1 and row[4] == "+2.00: one seed decides nothing"
+
+
+def test_the_frozen_recipe_is_not_compared_with_itself(home):
+    write("headline", "frozen", 0), write("dpo", "beta_1", 3)
+    frozen, alone = compare.rows("headline", "dpo")
+    assert frozen[0] == "frozen" and frozen[4] == "" and alone[4] == ""  # and no run has seed 3 beside it
+    assert frozen[2].startswith("+0.50") and frozen[5:] == ["4.0", "100%"]
+
+
+def test_a_difference_with_0_in_its_interval_is_a_tie_and_one_seed_gives_no_verdict():
+    apart = lambda *means: np.array(means)[:, None] + np.zeros((len(means), 30))
+    assert compare.verdict(apart(0.5, 0.6, 0.5, 0.6)).startswith("+0.55 (")
+    assert "tie" not in compare.verdict(apart(0.5, 0.6, 0.5, 0.6))
+    assert compare.verdict(apart(0.5, -0.6, 0.5)).endswith("a tie")
+    assert compare.verdict(apart(0.5)) == "+0.50: one seed decides nothing"
+
+
+def test_what_is_listed_and_has_no_log_is_said_to_be_missing(home):
+    assert compare.rows("advantages") == [] and compare.not_made("advantages") == list(experiments.ADVANTAGES)
+    write("advantages", "batch_mean", 0)
+    others = [condition for condition in experiments.ADVANTAGES if condition != "batch_mean"]
+    assert compare.not_made("advantages", "headline") == [*others, "frozen"]
+
+
+def test_the_plane_has_a_dot_for_every_run_and_best_of_n_as_a_line(home):
+    assert compare.plane("headline") is None
+    write("headline", "frozen", 0), write("headline", "frozen", 1, kl=9.0)
+    assert compare.plane("headline").axes[0].get_legend() is None  # nothing to tell apart
+    write("dpo", "beta_1", 0, ["a", "a"], kl=1.0)
+    axis = compare.plane("headline", "dpo", names={"frozen": "value head"}).axes[0]
+    dots = {scatter.get_label(): scatter.get_offsets().tolist() for scatter in axis.collections}
+    assert dots == {"value head": [[2.0, 2.0], [3.0, 2.0]], "beta_1": [[1.0, 0.0]]}
+    assert [text.get_text() for text in axis.texts] == ["untrained", "best of 2", "best of 4"]
+    assert len(axis.lines[0].get_xdata()) == 3
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["value head", "beta_1"]
