@@ -92,6 +92,9 @@ def test_colours_that_end_before_the_numbers_do_say_so():
     figure, axes = plots.new_figure()
     plots.draw_tokens(figure, axes[0, 0], ["a", "b"], np.array([0.0, 50.0]), "reward", every=np.array([0.0] * 99 + [50.0]))
     assert axes[0, 0].images[0].norm.vmax == 50 and axes[0, 0].images[0].colorbar.extend == "neither"
+    figure, axes = plots.new_figure()
+    plots.draw_tokens(figure, axes[0, 0], ["a", "b"], np.array([0.5, 9.0]), "ratio - 1", every=np.array([0.5, 0.5]))
+    assert axes[0, 0].images[0].norm.vmax == 0.5 and axes[0, 0].images[0].colorbar.extend == "max"
 
 
 def test_a_signal_of_zeros_and_text_that_looks_like_mathematics_can_be_drawn():

@@ -114,7 +114,7 @@ def token_table(tokenizer, rollout, row=0, ratio=None):
 def token_heatmap(tokenizer, rollout, row=0, signals=("kl", "values", "advantages"), per_line=9, ratio=None):
     """One response of a Rollout as text, once for every signal, each token on a ground that shows its number. The colours of a
     signal mean the same in all responses of the rollout: they end where 98 % of its tokens do. "rewards" are drawn without the
-    score, which stands in the title. `ratio` (T,), if given, is drawn last, as its distance from 1."""
+    score, which stands in the title. `ratio` (T,), if given, is drawn last, as its distance from 1, with colours that end at 0.5 or before."""
     keep = rollout.mask[row]
     tokens = token_strings(tokenizer, rollout.response_ids[row][keep])
     panels = []
@@ -128,7 +128,7 @@ def token_heatmap(tokenizer, rollout, row=0, signals=("kl", "values", "advantage
         panels.append((title, as_array(every[row][keep]), as_array(every[rollout.mask])))
     if ratio is not None:
         moved = as_array(ratio)[: len(tokens)] - 1
-        panels.append(("ratio - 1", moved, moved))
+        panels.append(("ratio - 1", moved, moved.clip(-0.5, 0.5)))  # so that one outlier does not hide all others
     lines = -(-len(tokens) // per_line)
     figure, axes = new_figure(len(panels), 1, size=(0.98 * per_line + 0.9, (0.3 * lines + 0.42) * len(panels)))
     for axis, (title, numbers, every) in zip(axes[:, 0], panels):
@@ -156,7 +156,7 @@ def draw_tokens(figure, axis, tokens, numbers, title, per_line=9, every=None):
                   color="white" if dark else "black")  # fmt: skip
     axis.set_title(title, loc="left")
     axis.set(xticks=[], yticks=[])
-    beyond = "neither" if most <= size else "both" if signed else "max"
+    beyond = "neither" if max(most, np.nanmax(np.abs(numbers))) <= size else "both" if signed else "max"
     figure.colorbar(image, ax=axis, fraction=0.02, pad=0.01, extend=beyond).ax.tick_params(labelsize=SMALL)
 
 
