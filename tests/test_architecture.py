@@ -8,7 +8,7 @@ import pytest
 import rlhf_helpers
 
 FLOORS = {
-    0: ("config", "errors", "data", "ppo", "assets", "quirks", "interrupts", "progress", "files", "intervals", "course.gold"),
+    0: ("config", "errors", "data", "ppo", "assets", "quirks", "interrupts", "progress", "files", "intervals", "course.gold", "course.recall"),
     1: ("machine", "models", "sampling", "fast"),
     2: ("reward", "rollout", "stats", "checkpoint", "memory", "course.grading", "course.experiments", "parts", "pairwise"),
     3: (
@@ -22,6 +22,7 @@ FLOORS = {
         "course.runs",
         "course.inspector",
         "course.first_exercises",
+        "course.guesses",
     ),
     4: ("__main__", "trl_bridge", "course.two_processes", "course.variants", "dpo"),
 }
