@@ -22,9 +22,10 @@ FLOORS = {
         "course.runs",
         "course.inspector",
         "course.first_exercises",
+        "course.loop_exercises",
         "course.guesses",
     ),
-    4: ("__main__", "trl_bridge", "course.two_processes", "course.variants", "dpo"),
+    4: ("course.run_figures", "__main__", "trl_bridge", "course.two_processes", "course.variants", "dpo"),
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
 ROOT = Path(rlhf_helpers.__file__).parent
@@ -33,7 +34,8 @@ MODULES = {NAME(path): path for path in ROOT.rglob("*.py") if path.stem != "__in
 # What may be imported on one's own floor.
 SAME_FLOOR = {("pairwise", "reward"), ("reward", "pairwise"), ("data", "errors"), ("config", "errors"), ("assets", "config"), ("assets", "files"), ("data", "files"), ("assets", "errors"),
               ("assets", "quirks"), ("files", "errors"), ("models", "machine"), ("sampling", "models"), ("sampling", "fast"),
-              ("fast", "models"), ("assets", "progress"), ("dpo", "trl_bridge"), ("course.exercises", "course.first_exercises")}  # fmt: skip
+              ("fast", "models"), ("assets", "progress"), ("dpo", "trl_bridge"), ("course.exercises", "course.first_exercises"),
+              ("course.exercises", "course.loop_exercises")}  # fmt: skip
 
 
 def imports(path):
