@@ -8,7 +8,20 @@ import pytest
 import rlhf_helpers
 
 FLOORS = {
-    0: ("config", "errors", "data", "ppo", "assets", "quirks", "interrupts", "progress", "files", "intervals", "course.gold", "course.recall"),
+    0: (
+        "config",
+        "errors",
+        "data",
+        "ppo",
+        "assets",
+        "quirks",
+        "interrupts",
+        "progress",
+        "files",
+        "intervals",
+        "course.gold",
+        "course.recall",
+    ),
     1: ("machine", "models", "sampling", "fast"),
     2: ("reward", "rollout", "stats", "checkpoint", "memory", "course.grading", "course.experiments", "parts", "pairwise"),
     3: (
@@ -24,6 +37,7 @@ FLOORS = {
         "course.first_exercises",
         "course.loop_exercises",
         "course.guesses",
+        "course.part_exercises",
     ),
     4: ("course.run_figures", "__main__", "trl_bridge", "course.two_processes", "course.variants", "dpo"),
 }
@@ -34,7 +48,7 @@ MODULES = {NAME(path): path for path in ROOT.rglob("*.py") if path.stem != "__in
 # What may be imported on one's own floor.
 SAME_FLOOR = {("pairwise", "reward"), ("reward", "pairwise"), ("data", "errors"), ("config", "errors"), ("assets", "config"), ("assets", "files"), ("data", "files"), ("assets", "errors"),
               ("assets", "quirks"), ("files", "errors"), ("models", "machine"), ("sampling", "models"), ("sampling", "fast"),
-              ("fast", "models"), ("assets", "progress"), ("dpo", "trl_bridge"), ("course.exercises", "course.first_exercises"),
+              ("fast", "models"), ("assets", "progress"), ("dpo", "trl_bridge"), ("course.exercises", "course.first_exercises"), ("course.exercises", "course.part_exercises"),
               ("course.exercises", "course.loop_exercises")}  # fmt: skip
 
 

@@ -6,15 +6,19 @@ import math
 import re
 from collections import namedtuple
 from statistics import mean
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from rlhf_helpers import ppo
 from rlhf_helpers.config import CPU, PPOConfig
 from rlhf_helpers.course import exercises
+from rlhf_helpers.rollout import gae_advantages
+from rlhf_helpers.sampling import pad_left
 from rlhf_helpers.trainer import PPOTrainer
 from tests import test_notebooks as pages
 from tests import tiny
@@ -39,7 +43,13 @@ WRONG = {
         ("lambda block, levels: (block[:, None] / block.abs().max() - levels).abs().argmin(1)", "return the scale, too"),
     ],
     "check_bits_per_weight": [("4 + 32 / 64", "without double quantization"), ("4 + 8 / 64", "scales of their own")],
-    "check_lora_parameters": [("30 * 8 * 4 * (576 + 576)", "k and v are smaller"), ("8 * 2 * (576 + 576 + 576 + 192)", "one layer")],
+    "check_lora": [
+        ("lambda x, W, A, B, alpha: W @ x + B @ (A @ x)", "alpha / r"),
+        ("lambda x, W, A, B, alpha: W @ x + alpha * B @ A @ x", "divided by the rank r"),
+        ("lambda x, W, A, B, alpha: alpha / len(A) * B @ A @ x", "the detour alone"),
+        ("lambda x, W, A, B, alpha: W @ x + alpha / A.shape[1] * B @ A @ x", "not by the inputs"),
+        ("lambda x, W, A, B, alpha: alpha / len(A) * (W @ x + B @ A @ x)", "only the detour"),
+    ],
     "check_mistral_gigabytes": [
         ("(6.98e9 + 0.262e9) * 4.127 / 8 / 1e9", "embeddings and head are not quantized"),
         ("6.98e9 * 4.127 / 8 / 1e9", "embeddings and head are missing"),
@@ -60,9 +70,13 @@ WRONG = {
         ("lambda t, h: len({r['prompt'] for r in t} & {r['prompt'] for r in h}) / len(h)", "several held-out records"),
         ("lambda t, h: sum(r in t for r in h) / len(h)", "compare their prompts"),
     ],
-    "check_pad_share": [
-        ("lambda lengths: sum(lengths) / (len(lengths) * max(lengths))", "share of real tokens"),
-        ("lambda lengths: sum(max(lengths) - n for n in lengths)", "divide by the size of the batch"),
+    "check_pad_left": [
+        ("lambda rows, pad: padded(rows, pad, 'right')", "on the right"),
+        ("lambda rows, pad: (padded(rows, pad)[0], torch.ones(3, 3))", "1 on pads, too"),
+        ("lambda rows, pad: (padded(rows, pad)[0], (padded(rows, pad)[0] != pad).long())", "make the mask from lengths"),
+        ("lambda rows, pad: padded(rows, 0)", "fill with the pad that was given"),
+        ("lambda rows, pad: padded(rows, pad)[0]", "return the mask, too"),
+        ("lambda rows, pad: padded(rows, pad)[::-1]", "the ids first"),
     ],
     "check_positions": [
         ("lambda mask: mask.cumsum(1)", "one too many"),
@@ -77,6 +91,17 @@ WRONG = {
         ("lambda r, v, gamma, lam: gae(r, v, gamma, lam)", "not by lam alone"),
         ("lambda r, v, gamma, lam: gae(r, v, gamma, gamma)", "lam is missing"),
         ("lambda r, v, gamma, lam: [a + b for a, b in zip(gae(r, v, gamma, gamma * lam), v)]", "those are the returns"),
+    ],
+    "check_advantages": [
+        ("lambda rollout, config: raw_and_returns(rollout, config)", "not whitened yet"),
+        ("lambda r, c: (torch.where(r.mask, (raw(r, c) - raw(r, c).mean()) / raw(r, c).std(), 0.0), raw_and_returns(r, c)[1])", "padding has been counted"),
+        ("lambda r, c: ((raw(r, c) - raw(r, c).mean()) / raw(r, c).std(), raw_and_returns(r, c)[1])", "it must stay 0"),
+        ("lambda r, c: (torch.where(r.mask, raw(r, c) / raw(r, c)[r.mask].std(), 0.0), raw_and_returns(r, c)[1])", "subtract the mean"),
+        ("lambda r, c: (whitened(r, c), whitened(r, c) + r.values)", "raw advantages + values"),
+        ("lambda r, c: (whitened(r, no_lam), raw(r, no_lam) + r.values)", "lam is missing"),
+        ("lambda r, c: whitened(r, c)", "return the returns, too"),
+        ("lambda r, c: (raw(r, c) + r.values, whitened(r, c))", "the advantages first"),
+        ("lambda r, c: (whitened(r, c), r.values)", "those are the values"),
     ],
     "check_gets_gradient": [
         ("lambda A, ratio, eps: (ratio > 1 - eps) & (ratio < 1 + eps)", "works in one direction"),
@@ -163,9 +188,33 @@ def gae(rewards, values, gamma, decay):
     return advantages
 
 
+def padded(rows, pad, side="left"):
+    """(ids, mask) of exercise 2 in notebook 03."""
+    fill = lambda rows, what: torch.nn.utils.rnn.pad_sequence(rows, True, what, padding_side=side)
+    return fill(rows, pad), fill([torch.ones_like(row) for row in rows], 0)
+
+
+def raw_and_returns(rollout, config):
+    """Those of exercise 4 in notebook 04, before whitening."""
+    return ppo.gae(rollout.rewards, rollout.values, rollout.mask, config.gamma, config.lam)
+
+
+def raw(rollout, config):
+    return raw_and_returns(rollout, config)[0]
+
+
+def whitened(rollout, config):
+    return ppo.whiten(raw(rollout, config), rollout.mask)
+
+
+HELPERS = dict(
+    padded=padded, raw_and_returns=raw_and_returns, raw=raw, whitened=whitened, no_lam=SimpleNamespace(gamma=0.95, lam=1.0)
+)
+
+
 def run(code):
     """The names that a cell leaves behind."""
-    names = dict(torch=torch, math=math, mean=mean, exercises=exercises, CPU=CPU, PPOConfig=PPOConfig, gae=gae)
+    names = dict(torch=torch, math=math, mean=mean, exercises=exercises, CPU=CPU, PPOConfig=PPOConfig, gae=gae, **HELPERS)
     exec(code, names)
     return names
 
@@ -283,3 +332,34 @@ def test_an_advantage_function_of_one_s_own_trains_once_it_is_right_and_not_befo
     assert len(history) == 3 and history[-1]["objective/kl"] != 0
     advantages, mask = seen[0].rollout.advantages, seen[0].rollout.mask
     assert all(len(set(row[keep].tolist())) == 1 for row, keep in zip(advantages, mask)) and not advantages[~mask].any()
+
+
+def test_the_layer_of_the_check_is_peft_s_own(capsys):
+    def peft_s(x, W, A, B, alpha):
+        layer = torch.nn.Sequential(torch.nn.Linear(*W.shape[::-1], bias=False))
+        layer[0].weight.data = W
+        model = get_peft_model(layer, LoraConfig(r=len(A), lora_alpha=alpha, target_modules=["0"]))
+        (adapted,) = (module for module in model.modules() if hasattr(module, "lora_A") and hasattr(module, "base_layer"))
+        adapted.lora_A["default"].weight.data, adapted.lora_B["default"].weight.data = A, B
+        return model(x[None])[0].detach()
+
+    assert verdict(capsys, "check_lora", peft_s)[0] == "✓"
+
+
+def test_padding_and_advantages_of_the_checks_are_those_that_the_trainer_uses(capsys):
+    assert verdict(capsys, "check_pad_left", pad_left)[0] == "✓"
+    of_trainer = lambda rollout, config: gae_advantages(rollout, SimpleNamespace(**vars(config), whiten_rewards=False))
+    assert verdict(capsys, "check_advantages", of_trainer)[0] == "✓"
+
+
+def test_a_trainer_takes_the_advantages_of_the_folded_solution_and_makes_the_library_s_step():
+    mine = run(EXERCISES["check_advantages"].solutions[0])["my_advantages"]
+    steps = []
+    for advantages in (mine, gae_advantages):
+        trainer = tiny.trainer(tiny.with_lora(tiny.llama(), b_scale=0.3))
+        trainer.advantages = advantages
+        stats = trainer.step(*tiny.batch(seed=0))
+        steps.append((stats["ppo/loss/policy"], stats["ppo/loss/value"], *trainer.parameters))
+    assert len(steps[0]) > 4
+    for ours, theirs in zip(*steps):
+        torch.testing.assert_close(torch.as_tensor(ours), torch.as_tensor(theirs), rtol=1e-4, atol=1e-6)

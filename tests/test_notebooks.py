@@ -142,7 +142,7 @@ def test_the_cell_for_colab_fetches_this_repository(notebook):
 def test_code_cells_are_short_and_stand_between_prose(notebook):
     lines = {i: len(cell["source"].splitlines()) for i, cell in cells(notebook, "code")}
     assert median(lines.values()) <= 8
-    assert {i: n for i, n in lines.items() if n > 40} == {}
+    assert {i: n for i, n in lines.items() if n > 25} == {}
     kinds = [cell["cell_type"] for _, cell in cells(notebook)]
     assert [i for i in range(2, len(kinds)) if kinds[i - 2 : i + 1] == ["code"] * 3] == []
 
@@ -178,6 +178,28 @@ def test_there_are_2_to_4_exercises_with_a_folded_solution_after_each(notebook):
         assert after[i + 1]["source"].startswith("<details><summary>Solution</summary>"), f"cell {i}"
     headings = re.findall(r"^### Exercise (\d)", markdown(notebook), re.MULTILINE)
     assert headings == [str(n) for n in range(1, len(found) + 1)]
+
+
+@each_notebook
+def test_each_exercise_says_how_long_it_takes_and_how_hard_it_is(notebook):
+    for exercise in re.split(r"^### Exercise ", markdown(notebook), flags=re.MULTILINE)[1:]:
+        assert re.search(r"\(\d+ minutes, (?:easy|medium|hard)\)", exercise.split("<details>")[0]), exercise[:60]
+
+
+@each_notebook
+def test_two_or_three_guesses_are_recorded_and_each_is_set_beside_what_came_out(notebook):
+    """More in a notebook that has more to ask. A guess is left open on the stored page, and its cell comes before the result."""
+    open_, answered = [], []
+    for i, cell in cells(notebook, "code"):
+        asked = re.findall(r"^guess = \.\.\.", cell["source"], re.MULTILINE)
+        told = re.findall(r"^ *guesses\.(?:number|choice)\(guess\b", cell["source"], re.MULTILINE)
+        assert not (asked and told), f"cell {i}: the result would stand in the same cell as the guess"
+        open_ += [i] * len(asked)
+        answered += [i] * len(told)
+    assert 2 <= len(open_) == len(answered) <= 5
+    assert all(asked < told for asked, told in zip(open_, answered)) and all(
+        told < asked for told, asked in zip(answered, open_[1:])
+    )
 
 
 @each_notebook

@@ -49,7 +49,10 @@ def test_white_space_is_made_visible():
 def test_a_heat_map_has_a_panel_for_every_signal_with_every_token(trainer):
     figure = plots.token_heatmap(trainer.tokenizer, trainer.rollout, row=2, signals=("kl", "rewards"), per_line=3)
     panels = [axis for axis in figure.axes if axis.images and axis.get_title(loc="left")]
-    assert [axis.get_title(loc="left") for axis in panels] == [plots.TITLES["kl"], plots.TITLES["rewards"]]
+    assert [axis.get_title(loc="left") for axis in panels] == [
+        plots.TITLES["kl"],
+        f"-β KL (points); on the last token the score of {trainer.rollout.scores[2]:+.2f} comes on top",
+    ]
     for axis in panels:
         assert [text.get_text() for text in axis.texts] == plots.token_strings(trainer.tokenizer, trainer.rollout.responses[2])
         assert axis.images[0].get_array().shape == (3, 3)  # eight tokens in lines of three
@@ -74,10 +77,12 @@ def test_the_colours_of_a_signal_mean_the_same_in_every_response(trainer):
     assert low == -high and every.median() < high <= every.max()
 
 
-def test_score_and_price_of_kl_have_panels_of_their_own(trainer):
-    figure = plots.token_heatmap(trainer.tokenizer, trainer.rollout, row=2)
-    titles = [axis.get_title(loc="left") for axis in figure.axes]
-    assert plots.TITLES["non_score_rewards"] in titles and plots.TITLES["rewards"] not in titles
+def test_rewards_are_drawn_without_the_score_which_would_drown_the_price_of_kl(trainer):
+    rollout = trainer.rollout
+    figure = plots.token_heatmap(trainer.tokenizer, rollout, row=2, signals=("rewards",), per_line=4)
+    drawn = figure.axes[0].images[0].get_array().compressed()
+    assert np.allclose(drawn, as_array(rollout.non_score_rewards[2][rollout.mask[2]]))
+    assert abs(rollout.scores[2]) > 0.01 and abs(drawn[-1] - rollout.rewards[2][rollout.mask[2]][-1].item()) > 0.01
 
 
 def test_colours_that_end_before_the_numbers_do_say_so():

@@ -24,7 +24,7 @@ def run(path):
     notebook.cells.append(probe)
     started = time.time()
     client = NotebookClient(notebook, timeout=1200, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}},
-                            record_timing=False)  # fmt: skip
+                            record_timing=False, coalesce_streams=True)  # fmt: skip
     with progress.bar(sum(cell.cell_type == "code" for cell in notebook.cells), path.stem, "cells") as done:
         client.on_cell_executed = lambda **_: done.update()
         client.execute()

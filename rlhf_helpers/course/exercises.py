@@ -6,6 +6,7 @@ from rlhf_helpers.config import CPU
 from rlhf_helpers.course.first_exercises import check_leave_one_out, check_mean_under_new  # noqa: F401 (notebook 00)
 from rlhf_helpers.course.grading import function, not_a_config, number, same, say
 from rlhf_helpers.course.loop_exercises import check_own_advantages, trained_with  # noqa: F401 (05)
+from rlhf_helpers.course.part_exercises import check_advantages, check_lora, check_pad_left  # noqa: F401 (notebooks 01, 03, 04)
 
 # ---------------------------------------------------------------- 01 quantized model loading
 
@@ -42,19 +43,6 @@ def check_quantize(answer):
     ]  # fmt: skip
     cases = [((block, levels), right(block, levels)) for block in blocks]
     function(answer, cases, hints, praise="codes and scales are what bitsandbytes stores")
-
-
-def check_lora_parameters(answer):
-    """Adapter numbers of rank 8 on q, k, v and o in all 30 layers."""
-    hints = [
-        (460_800, "that is q and v only, as in the table above; k and o come on top"),
-        (30_720, "that is one layer, and there are 30"),
-        (30 * 8 * 2 * (576 + 192), "k and v are (576 to 192), but q and o are (576 to 576)"),
-        (30 * 8 * 4 * (576 + 576), "k and v are smaller: they give 192 numbers, not 576"),
-        (30 * (2 * 576 * 576 + 2 * 576 * 192), "those are the weights themselves; A is (8, in) and B is (out, 8)"),
-        (30 * 8 * 4 * 576, "that is A alone; B counts too"),
-    ]
-    number(answer, 30 * 8 * 2 * (576 + 576 + 576 + 192), hints, within=1e-6, praise="921,600: 0.7 % of the model")
 
 
 def check_mistral_gigabytes(answer):
@@ -131,18 +119,6 @@ def check_positions(answer):
         (lambda m: m.cumsum(0) - 1, "summed down the batch; sum along the row, dimension 1"),
     ]
     function(answer, [((mask,), right)], hints, agree, praise="the first real token is at 0 in every row")
-
-
-def check_pad_share(answer):
-    """A function lengths -> share of pads in the padded batch."""
-    cases = [(([10, 6],), 0.2), (([5, 5],), 0.0), (([1, 2, 3],), 1 / 3)]
-    hints = [
-        (lambda n: sum(n) / (len(n) * max(n)), "that is the share of real tokens"),
-        (lambda n: (max(n) - min(n)) / max(n), "that is the shortest row alone; count the pads of all rows"),
-        (lambda n: sum(max(n) - x for x in n), "that is how many pads; divide by the size of the batch"),
-        (lambda n: sum(max(n) - x for x in n) / sum(n), "pads per real token; divide by all places, pads included"),
-    ]
-    function(answer, cases, hints, praise="pads over all places of the batch")
 
 
 def check_leaked(answer):

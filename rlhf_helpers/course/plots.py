@@ -30,7 +30,6 @@ CURVES_ALT = "Training curves over PPO steps: score, KL, value loss, entropy, le
 SIGNALS = ("logprobs", "ref_logprobs", "kl", "rewards", "values", "advantages", "returns")
 TITLES = {
     "kl": "KL (nats)",
-    "rewards": "reward: the price of KL, and the score on the last token",
     "non_score_rewards": "-β KL (points): what the token pays",
     "values": "value (points): what the head expected before the token",
     "advantages": "advantage, whitened",
@@ -112,18 +111,21 @@ def token_table(tokenizer, rollout, row=0, ratio=None):
                                                  "rewards": "reward", "advantages": "advantage", "returns": "return"})  # fmt: skip
 
 
-def token_heatmap(
-    tokenizer, rollout, row=0, signals=("kl", "non_score_rewards", "values", "advantages"), per_line=9, ratio=None
-):
+def token_heatmap(tokenizer, rollout, row=0, signals=("kl", "values", "advantages"), per_line=9, ratio=None):
     """One response of a Rollout as text, once for every signal, each token on a ground that shows its number. The colours of a
-    signal mean the same in all responses of the rollout: they end where 98 % of its tokens do. `ratio` (T,), if given, is drawn
-    last, as its distance from 1."""
+    signal mean the same in all responses of the rollout: they end where 98 % of its tokens do. "rewards" are drawn without the
+    score, which stands in the title. `ratio` (T,), if given, is drawn last, as its distance from 1."""
     keep = rollout.mask[row]
     tokens = token_strings(tokenizer, rollout.response_ids[row][keep])
     panels = []
     for name in signals:
-        every = getattr(rollout, name)
-        panels.append((TITLES.get(name, name), as_array(every[row][keep]), as_array(every[rollout.mask])))
+        title, every = TITLES.get(name, name), getattr(rollout, name)
+        if name == "rewards":
+            title, every = (
+                f"-β KL (points); on the last token the score of {rollout.scores[row]:+.2f} comes on top",
+                rollout.non_score_rewards,
+            )
+        panels.append((title, as_array(every[row][keep]), as_array(every[rollout.mask])))
     if ratio is not None:
         moved = as_array(ratio)[: len(tokens)] - 1
         panels.append(("ratio - 1", moved, moved))
@@ -229,13 +231,8 @@ class LiveCurves:
 
     def __init__(self, steps, every=2.0, curves=CURVES, alt=CURVES_ALT, clock=time.monotonic):
         self.steps, self.every, self.curves, self.alt, self.clock = steps, every, curves, alt, clock
-        self.handle, self.history, self.drawn, self.limits, self.dpi = (
-            None,
-            [],
-            float("-inf"),
-            {},
-            80,
-        )  # coarse and quick, but for the last
+        self.handle, self.history, self.limits, self.drawn = None, [], {}, float("-inf")
+        self.dpi = 80  # quick, but for the last
 
     def __enter__(self):
         self.started, self.done = self.clock(), 0

@@ -1,0 +1,104 @@
+"""The checks of exercises that build a part which then works in the notebook: an adapter, a padded batch, the advantages of a
+trainer. As in `exercises`, a tick, or a cross with the likely mistake in words."""
+
+from types import SimpleNamespace
+
+from rlhf_helpers.course.grading import function
+
+
+def check_lora(answer):
+    """A function (x, W, A, B, alpha) -> W x + alpha / r B A x, for a vector x."""
+    import torch
+
+    def case(inputs, outputs, rank, alpha, seed):
+        draw = torch.Generator().manual_seed(seed)
+        shapes = (inputs,), (outputs, inputs), (rank, inputs), (outputs, rank)
+        return *(torch.randn(shape, generator=draw) for shape in shapes), alpha
+
+    right = lambda x, W, A, B, alpha: W @ x + alpha / len(A) * (B @ (A @ x))
+    hints = [
+        (lambda x, W, A, B, alpha: W @ x + B @ (A @ x), "the detour is weighed: alpha / r"),
+        (lambda x, W, A, B, alpha: W @ x + alpha * (B @ (A @ x)), "alpha is divided by the rank r, the number of rows of A"),
+        (lambda x, W, A, B, alpha: W @ x + alpha / len(x) * (B @ (A @ x)), "divide by the rank r, the number of rows of A, not by the inputs"),
+        (lambda x, W, A, B, alpha: alpha / len(A) * (B @ (A @ x)), "that is the detour alone; the frozen W x goes beside it"),
+        (lambda x, W, A, B, alpha: alpha / len(A) * (W @ x + B @ (A @ x)), "only the detour is weighed, W x stays as it is"),
+    ]
+    cases = [(case(6, 4, 2, 16.0, 0),), (case(3, 5, 1, 1.0, 1),)]
+    function(answer, [(arguments, right(*arguments)) for (arguments,) in cases], hints, praise="and with B = 0 it is the frozen layer, to the bit")
+
+
+def check_pad_left(answer):
+    """A function (rows, pad) -> (ids, mask), both (B, L): 1-D LongTensors of different length, padded on the left."""
+    import torch
+
+    def padded(rows, pad, left=True, ones=False):
+        width = max(map(len, rows))
+        fill = lambda row, what: [torch.full((width - len(row),), what), row][:: 1 if left else -1]
+        ids = torch.stack([torch.cat(fill(row, pad)) for row in rows])
+        mask = torch.stack([torch.cat(fill(torch.ones_like(row), int(ones))) for row in rows])
+        return ids, mask
+
+    hints = [
+        (lambda rows, pad: padded(rows, pad, left=False), "those pads are on the right: the last place of each row must be a real token"),
+        (lambda rows, pad: padded(rows, pad, ones=True), "the mask is 1 on pads, too: they would be read as text"),
+        (lambda rows, pad: padded(rows, pad)[0], "those are the ids; return the mask, too"),
+        (lambda rows, pad: padded(rows, pad)[::-1], "the other way round: the ids first, then the mask"),
+        (lambda rows, pad: (padded(rows, pad)[0], (padded(rows, pad)[0] != pad).long()), "a row may hold the pad's id as a real token: make the mask from lengths"),
+        (lambda rows, pad: (padded(rows, 0)[0], padded(rows, pad)[1]), "fill with the pad that was given, which need not be 0"),
+    ]  # fmt: skip
+    rows = [torch.tensor(row) for row in ([4, 7, 5], [8], [6, 7])]
+    function(answer, [((rows, 7), padded(rows, 7))], hints, agree=pairs_agree, praise="now put it to work below")
+
+
+def pairs_agree(a, b):
+    """Whether two pairs of tensors are the same, numbers alike."""
+    if not (isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)) and len(a) == len(b) == 2):
+        return type(a) is type(b) and bool((a == b).all())
+    plain = [[[float(x) for x in row] for row in tensor] for tensor in (*a, *b)]
+    return plain[:2] == plain[2:]
+
+
+def check_advantages(answer):
+    """A function (rollout, config) -> (advantages, returns), both (B, T), as PPOTrainer(advantages=...) takes it."""
+    import torch
+
+    from rlhf_helpers import ppo
+
+    def made(lam=None, whiten=ppo.whiten, after=False):
+        """The right function, or with one change a wrong one."""
+
+        def advantages(rollout, config, *_):
+            raw, returns = ppo.gae(rollout.rewards, rollout.values, rollout.mask, config.gamma, config.lam if lam is None else lam)
+            found = whiten(raw, rollout.mask)
+            return found, (found + rollout.values if after else returns)
+
+        return advantages
+
+    everywhere = lambda x, mask: ppo.whiten(x, torch.ones_like(mask))
+    on_mask = lambda x, mask: torch.where(mask, everywhere(x, mask), 0.0)
+    right = made()
+    hints = [
+        (made(whiten=lambda x, mask: x), "those are not whitened yet: less their mean, over their deviation, on real tokens"),
+        (made(whiten=on_mask), "padding has been counted: mean and deviation are over the mask alone"),
+        (made(whiten=everywhere), "padding has been whitened, too: it must stay 0, and not count"),
+        (made(whiten=lambda x, mask: x * torch.rsqrt(ppo.masked_var(x, mask))), "subtract the mean, too"),
+        (made(after=True), "the returns are the raw advantages + values: whitened ones have another unit"),
+        (made(lam=1.0), "lam is missing: it stands in the config, beside gamma"),
+        (lambda *args: right(*args)[0], "those are the advantages; return the returns, too"),
+        (lambda *args: right(*args)[::-1], "the other way round: the advantages first, then the returns"),
+        (lambda *args: (right(*args)[0], args[0].values), "those are the values; a return is what the value should have been"),
+    ]
+    mask = ppo.response_mask(torch.tensor([4, 2, 3]), 4)
+    draw = lambda seed: torch.where(mask, torch.randn(mask.shape, generator=torch.Generator().manual_seed(seed)), 0.0)
+    rollout = SimpleNamespace(rewards=draw(0), values=draw(1), mask=mask, lengths=mask.sum(1))
+    config = SimpleNamespace(gamma=0.95, lam=0.9)
+    function(answer, [((rollout, config), right(rollout, config))], hints, agree=near_pairs, praise="the trainer below will take it")
+
+
+def near_pairs(a, b):
+    """Whether two results, tensors or pairs of them, agree up to rounding."""
+    import torch
+
+    if isinstance(b, torch.Tensor) or isinstance(a, torch.Tensor):
+        return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.shape == b.shape and torch.allclose(a.float(), b, atol=1e-4)
+    return len(a) == len(b) == 2 and all(near_pairs(x, y) for x, y in zip(a, b))
