@@ -26,16 +26,9 @@ sys.path.insert(0, str(HERE.parent))
 
 from rlhf_helpers.config import CPU, project_root
 from rlhf_helpers.course.experiments import EXPERIMENTS, Run, log_file, missing
-from rlhf_helpers.course.runs import SPLITS, write_log
+from rlhf_helpers.course.runs import KEPT, SPLITS, write_log
 from rlhf_helpers.data import load_preferences, load_prompts
 from rlhf_helpers.machine import processor
-
-KEPT = {  # of the stats, under short names
-    "objective/kl": "kl", "ppo/policy/entropy": "entropy", "ppo/policy/clipfrac": "clipped", "ppo/policy/approxkl": "approxkl",
-    "ppo/val/var_explained": "explained", "ppo/loss/value": "value_loss", "ppo/grad_norm": "grad_norm",
-    "tokens/responses_len_mean": "length", "tokens/responses_eos_frac": "ended", "objective/sampler_kl": "sampler_kl",
-    "objective/sampler_max_diff": "sampler_max_diff", "ppo/skipped_updates": "skipped",
-}  # fmt: skip
 
 
 def evaluated(trainer, split, samples, **options):

@@ -2,8 +2,12 @@
 to try. Thresholds follow TRL's former guide to PPO training and the sources named beside them; those marked *h* are rules of
 thumb from runs of this course."""
 
+import math
+import re
+from collections import Counter
 from dataclasses import dataclass
-from statistics import mean, median, pvariance
+from functools import cached_property
+from statistics import mean, median, pvariance, variance
 
 RECENT = 5  # steps that count as "now"
 
@@ -20,19 +24,33 @@ class Finding:
         return f"{self.symptom}. Likely: {self.cause}. Try: {self.remedy}."
 
 
-def examine(history):
-    """The findings about a run, a list of Finding, empty for a healthy one. `history` is PPOTrainer.history."""
+class Texts:
+    """`train(..., on_step=texts)` keeps what every step read and wrote, pairs (prompts, responses), as `examine` takes them."""
+
+    def __init__(self):
+        self.steps = []
+
+    def __call__(self, trainer, stats):
+        self.steps.append((trainer.rollout.prompts, trainer.rollout.texts))
+
+    def __iter__(self):
+        return iter(self.steps)
+
+
+def examine(history, texts=()):
+    """The findings about a run, a list of Finding, empty for a healthy one. `history` is PPOTrainer.history; `texts`, one pair
+    (prompts, responses) of lists of str a step, adds the rules that read."""
     if not history:
         return []
-    run = Run(history)
+    run = Run(history, texts)
     return [Finding(symptom, cause, remedy) for rule, cause, remedy in RULES if (symptom := rule(run))]
 
 
 class Run:
-    """Look-ups in a history, a list of dicts of scalar stats."""
+    """Look-ups in a history, a list of dicts of scalar stats, and in the texts of its steps."""
 
-    def __init__(self, history):
-        self.history = history
+    def __init__(self, history, texts=()):
+        self.history, self.texts = history, list(texts)
 
     def series(self, key):
         return [row[key] for row in self.history if key in row and row[key] == row[key]]  # without NaN
@@ -45,6 +63,39 @@ class Run:
 
     def __len__(self):
         return len(self.history)
+
+    @cached_property
+    def rarity(self):
+        """How many different prompts of the run have each word."""
+        prompts = {prompt for step, _ in self.texts for prompt in step}
+        return Counter(word for prompt in prompts for word in set(words(prompt)))
+
+    def names_subject(self, prompt, response):
+        """Whether a response has one of its prompt's rarest words, which are hardly about the asking; plurals count."""
+        rarest = min(map(self.rarity.get, words(prompt)), default=0)
+        subject = [word for word in words(prompt) if self.rarity[word] == rarest]
+        return any((word[:-1] if len(word) > 4 else word) in response.lower() for word in subject)
+
+    def share(self, of):
+        """(at first, now): means of `of(prompt, response)` over the first and the last steps' texts."""
+        parts = self.texts[:RECENT], self.texts[-RECENT:]
+        return [mean(float(of(*pair)) for step in part for pair in zip(*step)) for part in parts]
+
+    def gained(self):
+        """(gain, its standard error) of the score: mean of the last ten steps less that of the first five."""
+        scores = self.series("ppo/mean_scores")
+        first, last = scores[:RECENT], scores[-10:]
+        return mean(last) - mean(first), math.sqrt(variance(first) / len(first) + variance(last) / len(last))
+
+
+def words(text):
+    """The words of a text, in small letters."""
+    return re.findall(r"[^\W_]+", text.lower())
+
+
+def pairs(text):
+    """The adjacent pairs of its words."""
+    return list(zip(words(text), words(text)[1:]))
 
 
 def kl_at_start(run):
@@ -69,10 +120,19 @@ def first_ratio(run):
 
 
 def sampler_apart(run):
-    if (
-        kl := run.now("objective/sampler_kl")
-    ) > 0.05:  # h: a merged bf16 copy of the policy is 0.1 away, kernels that round otherwise 0.01
-        return f"what samples and what learns are {kl:.2f} nats a response apart"
+    """Samples from elsewhere count by their weights policy / sampler. If the log-weights are normal, n responses that are K nats
+    apart are worth n e^(-2K) (the effective sample size, Kong 1992): half at 0.35. Kernels that round otherwise in bf16 are 0.12
+    apart on a card, worth 79 %, and are so from the first step on; what grows with the adapters is no rounding."""
+    series, now = [abs(kl) for kl in run.series("objective/sampler_kl")], run.now("objective/sampler_kl")
+    if now > 0.35 or (now > 0.05 and series[0] < now / 3):
+        worth = f"weighted for that, {math.exp(-2 * now):.0%} of the responses would count"
+        return f"what samples and what learns are {now:.2f} nats a response apart, at the first step {series[0]:.2f}; {worth}"
+
+
+def adapters_still(run):
+    kl = run.series("objective/kl")
+    if len(kl) >= 3 and not any(kl):
+        return f"KL is exactly 0 in all {len(kl)} steps: the policy is its reference, to the last bit"
 
 
 def ratio_extreme(run):
@@ -131,6 +191,39 @@ def entropy_gone(run):
         return f"entropy fell from {start:.2f} to {now:.2f} nats a token"
 
 
+def drifts(run):
+    if len(run) >= 20 and len(run.series("ppo/mean_scores")) >= 20 and (kl := run.now("objective/kl")) > 2:  # h
+        gain, error = run.gained()
+        if gain < error:
+            return f"KL is {kl:.1f} nats after {len(run)} steps, and the score gained {gain:+.2f}, no more than its error of {error:.2f}"
+
+
+def breaks_off_again(run):
+    """The last three steps against the best five in a row before them."""
+    series = [run.series(f"tokens/responses_{name}") for name in ("len_mean", "eos_frac")]
+    if min(map(len, series)) < 12:
+        return None
+    means = [[mean(numbers[n : n + RECENT]) for n in range(len(numbers) - 3 - RECENT + 1)] for numbers in series]
+    (short, most), (long, ends) = (min(means[0]), max(means[1])), (mean(numbers[-3:]) for numbers in series)
+    if long > 1.5 * short and ends < 0.9 * most:  # h: from the ten headline runs, of which one ended so
+        return f"responses grew from {short:.0f} to {long:.0f} tokens again, and {ends:.0%} end by themselves, after {most:.0%}"
+
+
+def leaves_subject(run):
+    if run.texts:
+        start, now = run.share(run.names_subject)
+        if start >= 0.3 and now < 0.6 * start:  # h: healthy runs keep 0.9 of it, the first edition's hacked ones 0.0 to 0.1
+            scores = f"the score went from {run.first('ppo/mean_scores'):+.2f} to {run.now('ppo/mean_scores'):+.2f}"
+            return f"{now:.0%} of the responses name what their prompt is about, at first {start:.0%}; {scores}"
+
+
+def repeats(run):
+    if run.texts:
+        start, now = run.share(lambda prompt, response: 1 - len(set(pairs(response))) / max(1, len(pairs(response))))
+        if now > start + 0.15:  # h
+            return f"{now:.0%} of the word pairs repeat an earlier one of the same response, at first {start:.0%}"
+
+
 def skipped(run):
     if count := sum(run.series("ppo/skipped_updates")):
         return f"updates left out: {count:.0f}, for a loss, gradient or ratio beyond all bounds"
@@ -148,6 +241,8 @@ RULES = [
     (kl_high, "the penalty is too cheap, or the learning rate too high", "a larger init_kl_coef, a smaller learning_rate"),
     (first_ratio, "dropout, other shapes, padding or temperature between the two passes", "the same forward pass for both"),
     (sampler_apart, "two kinds of arithmetic, or weights that were not brought up to date", "the policy itself as its sampler"),
+    (adapters_still, "the adapters did not move: a learning rate of 0, or an optimizer that holds other weights than the model",
+     "adapters first, then PPOTrainer; lora_B begins at 0 and must not stay there"),
     (ratio_extreme, "steps too large", "fewer ppo_epochs, a smaller learning_rate"),
     (policy_moves_far, "too many or too large updates on one batch", "early_stopping=True, fewer ppo_epochs"),
     (clipped_often, "too many or too large updates on one batch", "a smaller learning_rate, fewer ppo_epochs"),
@@ -157,6 +252,10 @@ RULES = [
     (never_ends, "EOS is masked, or never paid for", "missing_eos_penalty=1.0, masks from lengths"),
     (gets_short, "the KL of a token costs more than the score brings", "a smaller init_kl_coef; check the sign of the score"),
     (entropy_gone, "reward hacking: one text for every prompt", "a larger init_kl_coef; read the samples"),
+    (drifts, "scores that say nothing of these responses, such as rows in another order: the policy drifts", "score a batch twice, in two orders"),
+    (breaks_off_again, "the last steps undid what was learnt", "take an earlier checkpoint; missing_eos_penalty=1.0"),
+    (leaves_subject, "reward hacking: the score is paid for something else than an answer", "read the samples; a larger init_kl_coef or a smaller kl_budget"),
+    (repeats, "reward hacking: the same words pay again", "read the samples; a larger init_kl_coef"),
     (skipped, "a score or a learning rate that is far too large", "score_clip, max_grad_norm, a smaller learning_rate"),
     (coefficient_climbs, "the controller runs after a KL that does not obey", "a smaller learning_rate; read the samples"),
 ]  # fmt: skip

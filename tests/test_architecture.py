@@ -36,10 +36,11 @@ FLOORS = {
         "course.inspector",
         "course.first_exercises",
         "course.more_exercises",
+        "course.loop_exercises",
         "course.guesses",
         "course.part_exercises",
     ),
-    4: ("__main__", "trl_bridge", "course.two_processes", "course.variants", "course.compare", "dpo"),
+    4: ("course.run_figures", "__main__", "trl_bridge", "course.two_processes", "course.variants", "course.compare", "dpo"),
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
 ROOT = Path(rlhf_helpers.__file__).parent
@@ -50,7 +51,8 @@ SAME_FLOOR = {("pairwise", "reward"), ("reward", "pairwise"), ("data", "errors")
               ("assets", "quirks"), ("files", "errors"), ("models", "machine"), ("sampling", "models"), ("sampling", "fast"), ("shard", "machine"),
               ("fast", "models"), ("models", "shard"), ("fast", "shard"), ("sampling", "shard"), ("assets", "progress"), ("dpo", "trl_bridge"),
               ("course.exercises", "course.first_exercises"),
-              ("course.exercises", "course.more_exercises"), ("course.exercises", "course.part_exercises")}  # fmt: skip
+              ("course.exercises", "course.more_exercises"), ("course.exercises", "course.part_exercises"),
+              ("course.exercises", "course.loop_exercises")}  # fmt: skip
 
 
 def imports(path):

@@ -1,13 +1,15 @@
 """The doctor: every rule is provoked in a real run of a tiny model, and a run that learns gets no finding."""
 
+import math
 import re
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean, median, variance
 
 import pytest
 import torch
 
 from rlhf_helpers import doctor
+from rlhf_helpers.course.runs import logs_of
 from rlhf_helpers.data import read_jsonl, save_jsonl
 from rlhf_helpers.doctor import examine
 from rlhf_helpers.sampling import digest
@@ -15,6 +17,7 @@ from tests import tiny
 
 WORDS = 32  # a vocabulary so small that every word is met in a batch, and one response in five ends by itself
 PROMPTS = [f"t{i} t{j}" for i in range(4, 30, 3) for j in range(5, 30, 4)]
+ABOUT = ["t2 " + " ".join(f"t{4 + (i + j) % 28}" for j in range(6)) for i in range(28)]  # t2 asks, the others are what about
 
 
 def trainer(lm=None, ref_model=None, **config):
@@ -42,11 +45,11 @@ def run(reward=even, steps=5, **config):
     return trainer(**config).train(PROMPTS, reward, steps=steps)
 
 
-def diagnosed(rule, history, symptom, cause, remedy, alone=True):
+def diagnosed(rule, history, symptom, cause, remedy, alone=True, texts=()):
     """The doctor says this symptom, with its number, once, with that cause and remedy; and says nothing else, if `alone`."""
-    findings = examine(history)
+    findings = examine(history, texts)
     (finding,) = [each for each in findings if each.symptom == symptom] or pytest.fail(f"{symptom!r} is not in {findings}")
-    assert rule(doctor.Run(history)) == symptom
+    assert rule(doctor.Run(history, texts)) == symptom
     assert cause in finding.cause and remedy in finding.remedy
     assert not alone or findings == [finding]
 
@@ -57,11 +60,28 @@ def diagnosed(rule, history, symptom, cause, remedy, alone=True):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_run_that_learns_gets_no_finding(seed):
     config = dict(batch_size=32, mini_batch_size=32, value_learning_rate=3e-2, missing_eos_penalty=0.5, seed=seed)
-    history = run(steps=30, **config)
+    texts = doctor.Texts()
+    history = trainer(**config).train(PROMPTS, even, steps=30, on_step=texts)
     scores = [row["ppo/mean_scores"] for row in history]
     assert mean(scores[-5:]) > mean(scores[:5]) + 0.8 and 1 < history[-1]["objective/kl"] < 6
     for steps in (1, 5, 20, 30):
-        assert examine(history[:steps]) == [], f"after {steps} steps"
+        assert examine(history[:steps], list(texts)[:steps]) == [], f"after {steps} steps"
+
+
+def test_what_it_says_of_the_ten_runs_of_the_headline():
+    """Seed 3 went furthest, seed 7 broke off again: 65 % whole answers on test prompts, where the others have 95 to 100."""
+    said = {log.head["seed"]: [str(finding) for finding in examine(log.history, log.texts)] for log in logs_of("headline")}
+    assert sorted(said) == list(range(10)) and [seed for seed, findings in said.items() if findings] == [3, 7]
+    assert len(said[3]) == 1 and said[3][0].startswith("KL is 10.1 nats a response, above 10")
+    assert len(said[7]) == 1 and said[7][0].startswith("responses grew from 28 to 47 tokens again, and 83% end by themselves")
+
+
+def test_of_all_other_shipped_runs_it_names_those_that_go_far_and_those_whose_answers_break_off():
+    for log in logs_of("recipes") + logs_of("recipes_on_a_card"):
+        findings = [finding.symptom for finding in examine(log.history, log.texts)]
+        grew, far = (any(symptom.startswith(begins) for symptom in findings) for begins in ("responses grew", "KL is"))
+        assert len(findings) == grew + far, findings  # and no rounding of a card is taken for two kinds of policy
+        assert grew == (log.whole < 0.85) and far == (mean(row["objective/kl"] for row in log.history[-5:]) > 10)
 
 
 def test_a_run_without_steps_gets_no_finding():
@@ -118,7 +138,7 @@ def test_a_forward_pass_with_dropout_gives_a_first_ratio_that_is_not_1():
     off = history[0]["ppo/policy/first_ratio_error"]
     symptom = f"the first ratio of a step is off 1 by {off:.3f}, before any update"
     diagnosed(doctor.first_ratio, history, symptom, "dropout", "the same forward pass", alone=False)
-    assert len(examine(history)) == 3 and "dropout" in examine(history)[0].cause  # so do policy and reference, and the sampler
+    assert len(examine(history)) == 2 and "dropout" in examine(history)[0].cause  # so do policy and reference
 
 
 def test_a_sampler_that_is_one_update_behind_shows():
@@ -140,8 +160,30 @@ def test_a_sampler_that_is_one_update_behind_shows():
     run.generate = behind
     history = run.train(PROMPTS, even, steps=6)
     kl = mean(row["objective/sampler_kl"] for row in history[-5:])
-    symptom = f"what samples and what learns are {kl:.2f} nats a response apart"
+    worth = f"weighted for that, {math.exp(-2 * kl):.0%} of the responses would count"
+    symptom = f"what samples and what learns are {kl:.2f} nats a response apart, at the first step 0.00; {worth}"
     diagnosed(doctor.sampler_apart, history, symptom, "not brought up to date", "the policy itself", alone=False)
+
+
+@pytest.mark.parametrize(
+    "first, now, speaks",
+    [(0.13, 0.12, False), (0.13, 0.34, False), (0.13, 0.36, True), (0.002, 0.04, False), (0.0, 0.06, True)],
+)
+def test_rounding_that_is_there_from_the_first_step_is_no_finding(first, now, speaks):
+    history = [{"objective/sampler_kl": first}, *[{"objective/sampler_kl": now}] * 5]
+    assert bool(examine(history)) == speaks
+
+
+def test_an_optimizer_that_holds_other_weights_than_the_model_leaves_the_policy_its_reference():
+    """As adapters that are loaded after the trainer was made: gradients reach them, and no update does."""
+    run = trainer()
+    for module in run.model.modules():
+        for name in getattr(module, "lora_B", {}):
+            module.lora_B[name].weight = torch.nn.Parameter(module.lora_B[name].weight.detach().clone())
+    history = run.train(PROMPTS, even, steps=5)
+    symptom = "KL is exactly 0 in all 5 steps: the policy is its reference, to the last bit"
+    diagnosed(doctor.adapters_still, history, symptom, "the adapters did not move", "lora_B begins at 0")
+    assert [len(examine(history[:steps])) for steps in (1, 2, 3)] == [0, 0, 1]  # the first KL is 0 in every run
 
 
 # ---------------------------------------------------------------- too far, too fast
@@ -232,6 +274,16 @@ def test_a_reward_that_says_the_same_of_everything_teaches_nothing():
     diagnosed(doctor.scores_alike, history, symptom, "a saturated reward model", "look at the texts")
 
 
+def test_scores_in_another_order_than_the_responses_let_the_policy_drift():
+    history = run(lambda prompts, responses: sorted(even(prompts, responses)), steps=30, learning_rate=1e-2, init_kl_coef=0.05)
+    scores = [row["ppo/mean_scores"] for row in history]
+    kl, gain = mean(row["objective/kl"] for row in history[-5:]), mean(scores[-10:]) - mean(scores[:5])
+    error = (variance(scores[:5]) / 5 + variance(scores[-10:]) / 10) ** 0.5
+    symptom = f"KL is {kl:.1f} nats after 30 steps, and the score gained {gain:+.2f}, no more than its error of {error:.2f}"
+    diagnosed(doctor.drifts, history, symptom, "rows in another order", "score a batch twice")
+    assert examine(history[:19]) == []  # too early to say
+
+
 # ---------------------------------------------------------------- what the responses become
 
 
@@ -258,9 +310,41 @@ def test_a_reward_for_one_word_leaves_one_text_and_no_entropy():
     assert "KL is" in examine(history)[0].symptom  # eight times the same word is far from the reference
 
 
+def test_a_reward_for_one_word_has_texts_that_leave_their_subject_and_repeat_themselves():
+    texts, hacked = doctor.Texts(), trainer(lm=tiny.llama(vocab_size=WORDS), learning_rate=1e-2, init_kl_coef=0.0)
+    history = hacked.train(ABOUT, count("t6"), steps=20, on_step=texts)
+    words = lambda prompt, response: set(prompt.split()[1:]) & set(response.split())
+    named = [mean(bool(words(*pair)) for step in part for pair in zip(*step)) for part in (texts.steps[:5], texts.steps[-5:])]
+    first, now = (mean(row["ppo/mean_scores"] for row in rows) for rows in (history[:5], history[-5:]))
+    assert named[1] < named[0] / 2 and now > first + 5
+    symptom = f"{named[1]:.0%} of the responses name what their prompt is about, at first {named[0]:.0%}"
+    symptom += f"; the score went from {first:+.2f} to {now:+.2f}"
+    diagnosed(doctor.leaves_subject, history, symptom, "reward hacking", "read the samples", alone=False, texts=texts)
+    pairs = lambda text: list(zip(text.split(), text.split()[1:]))
+    again = lambda text: 1 - len(set(pairs(text))) / max(1, len(pairs(text)))
+    start, end = (mean(again(text) for _, step in part for text in step) for part in (texts.steps[:5], texts.steps[-5:]))
+    symptom = f"{end:.0%} of the word pairs repeat an earlier one of the same response, at first {start:.0%}"
+    diagnosed(doctor.repeats, history, symptom, "the same words pay again", "read the samples", alone=False, texts=texts)
+    assert len(examine(history)) == len(examine(history, texts)) - 2  # those two read
+
+
+def test_a_reward_that_is_turned_round_at_the_end_lets_answers_break_off_again():
+    turned = trainer(learning_rate=2e-2, init_kl_coef=0.0)
+    turned.train(PROMPTS, lambda prompts, responses: [-n for n in length(prompts, responses)], steps=6)
+    history = turned.train(PROMPTS, length, steps=10)
+    lengths, ends = ([row[f"tokens/responses_{name}"] for row in history] for name in ("len_mean", "eos_frac"))
+    best = lambda numbers, which: which(mean(numbers[n : n + 5]) for n in range(len(numbers) - 7))
+    symptom = (
+        f"responses grew from {best(lengths, min):.0f} to {mean(lengths[-3:]):.0f} tokens again, "
+        f"and {mean(ends[-3:]):.0%} end by themselves, after {best(ends, max):.0%}"
+    )
+    diagnosed(doctor.breaks_off_again, history, symptom, "the last steps undid", "an earlier checkpoint")
+
+
 @pytest.mark.parametrize("kept", [(), ("step",), ("objective/kl",), ("objective/kl", "step")])
 def test_a_history_from_elsewhere_may_lack_any_stat(kept):
-    assert examine([dict.fromkeys(kept, 0)] * 30) == []
+    history = [dict.fromkeys(kept, 1e-4)] * 30
+    assert examine(history) == examine(history, [(["a b"], [""])] * 30) == examine(history, [(["?!"], ["c"])] * 30) == []
 
 
 def test_every_rule_is_provoked_here():

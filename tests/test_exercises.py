@@ -19,6 +19,7 @@ from rlhf_helpers.config import CPU, PPOConfig
 from rlhf_helpers.course import exercises
 from rlhf_helpers.rollout import gae_advantages
 from rlhf_helpers.sampling import pad_left
+from rlhf_helpers.trainer import PPOTrainer
 from tests import test_notebooks as pages
 from tests import tiny
 
@@ -131,6 +132,12 @@ WRONG = {
     "check_word_reward": [
         ("lambda prompts, responses: [-0.1 * (len(text.split()) - 20) for text in responses]", "use max(0, ...)"),
         ("lambda prompts, responses: [-0.1 * max(0, len(text) - 20) for text in responses]", "counts letters"),
+    ],
+    "check_own_advantages": [
+        ("lambda r, c, t: (r.rewards.sum(1)[:, None] * r.mask, r.values)", "no baseline yet"),
+        ("lambda r, c, t: ((r.rewards.sum(1) - r.rewards.sum(1).mean())[:, None].expand_as(r.mask), r.values)", "the pads have"),
+        ("lambda r, c, t: ((r.rewards.sum(1) - r.rewards.sum() / r.mask.sum())[:, None] * r.mask, r.values)", "mean reward of a token"),
+        ("lambda r, c, t: (r.rewards.sum(1) - r.rewards.sum(1).mean())[:, None] * r.mask", "two things are asked for"),
     ],
     "check_kept_scores": [
         ("64 * 512 * 128_256 * 2 / 1e9", "that is bf16"),
@@ -317,6 +324,27 @@ def test_the_right_gae_of_the_check_is_the_one_that_the_trainer_uses(capsys):
         return ppo.gae(torch.tensor([rewards]), torch.tensor([values]), mask, gamma, lam)[0][0]
 
     assert verdict(capsys, "check_gae", course)[0] == "✓"
+
+
+def test_an_advantage_function_of_one_s_own_trains_once_it_is_right_and_not_before(capsys):
+    """The folded solution of notebook 05 in PPOTrainer; it is leave-one-out's kind: the same for all tokens of a response."""
+    own = run(EXERCISES["check_own_advantages"].solutions[0])["my_advantages"]
+    trainer = lambda advantages: PPOTrainer(
+        tiny.trainer().config, tiny.trainer().model, tokenizer=tiny.tokenizer(), advantages=advantages
+    )
+    seen = []
+
+    def train(advantages):
+        seen.append(trainer(advantages))
+        return seen[-1].train(["t4 t5", "t6 t7", "t8", "t9 t10"], lambda p, r: [float(len(t.split())) for t in r], steps=3)
+
+    for unsolved in (lambda r, c, t: ..., ..., Hostile(), lambda r, c, t: (r.rewards, r.values)):
+        assert exercises.trained_with(unsolved, train) == {} and seen == []
+    assert "once the exercise has its tick" in capsys.readouterr().out
+    history = exercises.trained_with(own, train)
+    assert len(history) == 3 and history[-1]["objective/kl"] != 0
+    advantages, mask = seen[0].rollout.advantages, seen[0].rollout.mask
+    assert all(len(set(row[keep].tolist())) == 1 for row, keep in zip(advantages, mask)) and not advantages[~mask].any()
 
 
 def test_the_layer_of_the_check_is_peft_s_own(capsys):

@@ -5,6 +5,7 @@ import math
 from rlhf_helpers.config import CPU
 from rlhf_helpers.course.first_exercises import check_leave_one_out, check_mean_under_new  # noqa: F401 (notebook 00)
 from rlhf_helpers.course.grading import function, not_a_config, number, same, say
+from rlhf_helpers.course.loop_exercises import check_own_advantages, trained_with  # noqa: F401 (05)
 from rlhf_helpers.course.more_exercises import check_group_normalised, check_share_between, check_what_follows  # noqa: F401 (notebook 08)
 from rlhf_helpers.course.part_exercises import check_advantages, check_lora, check_pad_left  # noqa: F401 (notebooks 01, 03, 04)
 

@@ -5,6 +5,7 @@ another rule can be applied to a run later; what the annotator thinks of them is
 import gzip
 import io
 import json
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,12 @@ from rlhf_helpers.course.gold import distinct2, gold_reward, is_whole
 from rlhf_helpers.data import load_prompts, read_jsonl
 from rlhf_helpers.files import whole_file
 
+KEPT = {  # of a step's stats, under short names
+    "objective/kl": "kl", "ppo/policy/entropy": "entropy", "ppo/policy/clipfrac": "clipped", "ppo/policy/approxkl": "approxkl",
+    "ppo/val/var_explained": "explained", "ppo/loss/value": "value_loss", "ppo/grad_norm": "grad_norm",
+    "tokens/responses_len_mean": "length", "tokens/responses_eos_frac": "ended", "objective/sampler_kl": "sampler_kl",
+    "objective/sampler_max_diff": "sampler_max_diff", "ppo/skipped_updates": "skipped",
+}  # fmt: skip
 SPLITS = dict(dev=HELDOUT_FILE, test=TEST_FILE)
 
 
@@ -59,6 +66,21 @@ class Log:
     def by_prompt(self, values):
         """Values of the last evaluation as (prompts, samples)."""
         return np.asarray(values).reshape(len(set(self.judged)), -1)
+
+    @cached_property
+    def history(self):
+        """The steps under the names of PPOTrainer.history, as far as they were kept, for `plots` and `doctor`."""
+        rows = []
+        for number, row in enumerate(self.steps, 1):
+            scores = dict(zip(("ppo/mean_scores", "ppo/std_scores"), (np.mean(row["scores"]), np.std(row["scores"], ddof=1))))
+            kept = {name: math.nan if row[short] is None else row[short] for name, short in KEPT.items()}
+            rows.append({"step": number, **scores, "objective/kl_coef": self.head["config"]["init_kl_coef"], **kept})
+        return rows
+
+    @property
+    def texts(self):
+        """[(prompts, responses), ...] of the steps, as `doctor.examine` takes them."""
+        return [(row["prompts"], row["texts"]) for row in self.steps]
 
     def course_of(self, name):
         """A stat, step by step; "gold" is computed from the texts, "score" is the mean score."""

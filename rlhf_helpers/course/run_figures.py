@@ -1,0 +1,89 @@
+"""Figures of many runs: what differs between seeds, and gold over the distance from the reference, with the curves of Gao et al.
+2023 ("Scaling laws for reward model overoptimization", arXiv:2210.10760)."""
+
+import numpy as np
+
+from rlhf_helpers.course.plots import BLUE, GREY, ORANGE, RED, SMALL, legend, new_figure, running_mean
+from rlhf_helpers.intervals import quantiles
+
+COLOURS = (RED, ORANGE)
+FORMS = {  # what multiplies alpha and -beta, of the distance d
+    "d (α - β log d)": lambda d: np.stack([d, -d * np.log(d)], -1),  # of RL
+    "d (α - β d)": lambda d: np.stack([d, -d * d], -1),  # of best of n
+}
+
+
+def of_seeds(runs, curves, limits=None, named=(), width=4):
+    """Runs that differ in their seed alone, {name: history}: a panel for each of `curves` ({key: title}), a thin line a run (mean
+    of the last `width` steps), those of `named` in colour, with their name at the end. `limits`, {key: number}, are dashed."""
+    columns = min(2, len(curves))
+    rows = -(-len(curves) // columns)
+    figure, axes = new_figure(rows, columns, size=(9.2, 2.5 * rows))
+    for axis, (key, title) in zip(axes.flat, curves.items()):
+        for name, run in runs.items():
+            line = running_mean([row[key] for row in run], width)
+            colour = COLOURS[named.index(name) % len(COLOURS)] if name in named else BLUE
+            bold = dict(linewidth=2, zorder=3) if name in named else dict(linewidth=0.9, alpha=0.6)
+            axis.plot(range(1, len(line) + 1), line, color=colour, **bold)
+            if name in named:
+                axis.annotate(f" {name}", (len(line), line[-1]), color=colour, fontsize=SMALL, va="center")
+        if key in (limits or {}):
+            axis.axhline(limits[key], color=GREY, linewidth=1, linestyle="--")
+            axis.annotate(f"limit {limits[key]:g}", (0, limits[key]), (2, 2), xycoords=("axes fraction", "data"),
+                          textcoords="offset points", fontsize=SMALL, color=GREY)  # fmt: skip
+        axis.set_title(title)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    for axis in axes.flat[len(curves) :]:
+        axis.set_visible(False)
+    for axis in axes[-1]:
+        axis.set_xlabel(f"step; means of {width}")
+    return figure
+
+
+def distance(kl):
+    """The square root of a KL in nats, 0 for an estimate below 0."""
+    return np.sqrt(np.maximum(kl, 0))
+
+
+def path(kl, gold, start, width=4):
+    """(distances, gains) of a run: means of `width` steps, not overlapping, without the first, which is at distance 0. `start` is
+    the gold of the reference."""
+    ends = range(2 * width - 1, len(kl), width)
+    return distance(running_mean(kl, width)[ends]), running_mean(gold, width)[ends] - start
+
+
+def fitted(distances, gains, form):
+    """(alpha, beta) of Gao et al.'s curve by least squares; distances are above 0."""
+    return np.linalg.lstsq(FORMS[form](np.asarray(distances, float)), np.asarray(gains, float), rcond=None)[0]
+
+
+def fit_with_interval(groups, form, draws=1000, seed=0):
+    """((alpha, (low, high)), (beta, (low, high))): the fit to all points of `groups`, a list of (distances, gains) each, and its 95 %
+    bootstrap interval over the groups (runs, or prompts)."""
+    rng, numbers = np.random.default_rng(seed), range(len(groups))
+    fit = lambda rows: fitted(*(np.concatenate([groups[row][side] for row in rows]) for side in (0, 1)), form)
+    best, drawn = fit(numbers), np.array([fit(rng.choice(numbers, len(numbers))) for _ in range(draws)])
+    return tuple((float(value), quantiles(column)) for value, column in zip(best, drawn.T))
+
+
+def gao(clouds, dots=None):
+    """Gold gained over the distance: {name: (groups, form)} as points with the fitted curve over their range (a group's points are
+    averaged where all groups share their distances), and `dots`, {name: (distances, gains)}, as larger marks."""
+    figure, axes = new_figure(size=(8, 4.2))
+    axis = axes[0, 0]
+    for (name, (groups, form)), colour in zip(clouds.items(), (BLUE, GREY)):
+        d, y = (np.concatenate([group[side] for group in groups]) for side in (0, 1))
+        grid = np.linspace(max(1e-3, d.min()), d.max(), 200)
+        if all(np.array_equal(group[0], groups[0][0]) for group in groups):
+            d, y = groups[0][0], np.mean([group[1] for group in groups], 0)
+        axis.plot(d, y, ".", color=colour, alpha=0.5, markersize=7)
+        axis.plot(grid, FORMS[form](grid) @ fitted(d, y, form), color=colour, linewidth=2, label=f"{name}: {form}")
+    for (name, (d, y)), marker in zip((dots or {}).items(), "Ds"):
+        axis.plot(d, y, marker, color=RED, markersize=6, linestyle="none", label=name)
+    most = axis.get_xlim()[1] ** 2
+    ticks = [tick for tick in (0, 0.25, 1, 2, 4, 6, 9, 12, 16, 25, 50, 100) if tick <= most]
+    axis.set_xticks(np.sqrt(ticks), [f"{tick:g}" for tick in ticks])
+    axis.axhline(0, color="black", linewidth=0.6)
+    axis.set(xlabel="KL, nats an answer, spaced by its square root d", ylabel="gold gained")
+    legend(figure)
+    return figure

@@ -1,0 +1,49 @@
+"""Figures of many runs: the fits find the curve that made the points, their intervals say what the data cannot, and lines are where
+the numbers are."""
+
+import numpy as np
+import pytest
+
+from rlhf_helpers.course import run_figures
+
+
+@pytest.mark.parametrize(
+    "form, curve",
+    [("d (α - β log d)", lambda d, a, b: d * (a - b * np.log(d))), ("d (α - β d)", lambda d, a, b: d * (a - b * d))],
+)
+def test_a_fit_finds_the_curve_that_made_the_points(form, curve):
+    d = np.linspace(0.2, 3, 9)
+    assert run_figures.fitted(d, curve(d, 0.8, 0.3), form) == pytest.approx([0.8, 0.3])
+
+
+def test_an_interval_has_the_truth_in_it_and_is_wide_where_runs_are_few_and_short():
+    rng = np.random.default_rng(1)
+    noisy = lambda far: (d := rng.uniform(0.3, far, 8), d * (0.8 - 0.3 * d) + rng.normal(0, 0.2, 8))
+    many, few = ([noisy(far) for _ in range(n)] for n, far in ((40, 3.0), (4, 1.0)))
+    (_, alpha), (_, beta) = run_figures.fit_with_interval(many, "d (α - β d)")
+    assert alpha[0] < 0.8 < alpha[1] and 0 < beta[0] < 0.3 < beta[1] < 0.5
+    _, (_, (low, high)) = run_figures.fit_with_interval(few, "d (α - β d)")
+    assert low < 0.3 < high and high - low > 3 * (beta[1] - beta[0])
+
+
+def test_a_path_starts_at_the_reference_and_its_means_do_not_overlap():
+    kl, gold = np.arange(12.0), np.repeat([1.0, 2.0, 4.0], 4)
+    d, gains = run_figures.path(kl, gold, start=1.0)
+    assert d**2 == pytest.approx([5.5, 9.5]) and gains == pytest.approx([1.0, 3.0])
+    assert run_figures.distance(-0.5) == 0
+
+
+def test_named_seeds_stand_out_and_the_limit_is_drawn():
+    runs = {f"seed {n}": [dict(kl=float(n + step)) for step in range(3)] for n in range(4)}
+    (axis, *_) = run_figures.of_seeds(runs, {"kl": "KL"}, {"kl": 9.0}, named=("seed 2",), width=2).axes
+    drawn = {line.get_color(): line.get_ydata() for line in axis.lines}
+    assert list(drawn[run_figures.RED]) == [2.0, 2.5, 3.5] and list(drawn[run_figures.GREY]) == [9.0, 9.0]
+    assert [text.get_text() for text in axis.texts] == [" seed 2", "limit 9"]
+
+
+def test_the_curves_of_gao_end_where_their_points_end():
+    groups = [(np.array([0.5, 1.0, 2.0]), np.array([0.4, 0.7, 1.0]) + shift) for shift in (0.0, 0.1)]
+    figure = run_figures.gao({"ten runs": (groups, "d (α - β log d)")}, {"ends": ([1.5], [0.9])})
+    points, curve, dots, *_ = figure.axes[0].lines
+    assert list(points.get_ydata()) == pytest.approx([0.45, 0.75, 1.05]) and list(dots.get_xdata()) == [1.5]
+    assert (curve.get_xdata()[0], curve.get_xdata()[-1]) == (0.5, 2.0)
