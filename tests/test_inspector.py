@@ -8,7 +8,7 @@ import torch
 
 from rlhf_helpers.course import inspector
 from tests import tiny
-from tests.test_browser import CHROMIUM, Browser
+from tests.test_browser import CHROMIUM, ROOT, Browser
 
 
 @pytest.fixture(scope="module")
@@ -153,3 +153,14 @@ def test_it_can_be_touched(stepped, tmp_path):
         assert browser.evaluate("window.wrong") == [] and [url for url in browser.requests if not url.startswith("file:")] == []
     finally:
         browser.close()
+
+
+def test_the_page_without_installation_is_small_and_has_both_runs():
+    page = (ROOT / "docs" / "inspector.html").read_text(encoding="utf-8")
+    assert len(page.encode()) < 1_000_000 and "http" not in page
+    frames = [
+        json.loads(data)["frames"] for data in re.findall(r'<script type="application/json">(.*?)</script>', page, re.DOTALL)
+    ]
+    assert len(frames) == 2 and all(len(run) > 5 and run[0]["label"] == "before training" for run in frames)
+    priced, free = (sum(sum(row["numbers"]["kl"]) for row in run[-1]["rows"]) for run in frames)
+    assert free > 3 * priced  # what the page is there to show
