@@ -52,7 +52,14 @@ def words(text):
 
 def test_every_page_is_there_and_the_contents_lead_to_each(pages):
     expected = {f"notebooks/{notebook.stem}.html" for notebook in NOTEBOOKS}
-    expected |= {"README.html", "GLOSSARY.html", "docs/experiments.html", "data/README.html", "benchmarks/README.html"}
+    expected |= {
+        "README.html",
+        "GLOSSARY.html",
+        "docs/experiments.html",
+        "docs/larger.html",
+        "data/README.html",
+        "benchmarks/README.html",
+    }
     expected |= {"docs/inspector.html"} if (ROOT / "docs" / "inspector.html").exists() else set()
     assert pages.keys() == expected | {"index.html"}
     assert expected <= {unquote(link["href"]) for link in pages["index.html"].main.select("a[href]")}

@@ -244,7 +244,7 @@ def in_the_systems_encoding(path):
     found = []
     for line, name, call in calls(path):
         if name in ("open", "fdopen") and not (isinstance(call.func, ast.Attribute) and call.func.value.__class__ is ast.Name
-                                                and call.func.value.id in ("os", "Image", "zipfile")):  # fmt: skip
+                                                and call.func.value.id in ("os", "Image", "Picture", "zipfile")):  # fmt: skip
             words = [a.value for a in call.args[:2] if isinstance(a, ast.Constant) and isinstance(a.value, str)]
             words += [k.value.value for k in call.keywords if k.arg == "mode" and isinstance(k.value, ast.Constant)]
             as_text = not any("b" in word for word in words if set(word) <= set("rwxabt+"))
