@@ -88,11 +88,13 @@ def own_adapters(lm):
     and afterwards they are as they were."""
     keep_gradients(lm)
     kept = {name: parameter.data.clone() for name, parameter in lm.named_parameters() if parameter.requires_grad}
-    with quiet():
-        yield
-    for name, parameter in lm.named_parameters():
-        if name in kept:
-            parameter.data = kept[name]
+    try:
+        with quiet():
+            yield
+    finally:
+        for name, parameter in lm.named_parameters():
+            if name in kept:
+                parameter.data = kept[name]
 
 
 def train_quietly(trainer):
