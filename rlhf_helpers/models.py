@@ -3,6 +3,7 @@
 The reference of the KL penalty is the same model with its adapters switched off: no second copy exists."""
 
 import contextlib
+import gc
 from pathlib import Path
 
 import torch
@@ -85,6 +86,20 @@ def eos_ids(lm, tokenizer):
     return tuple(dict.fromkeys(i for i in [tokenizer.eos_token_id, *named] if i is not None))
 
 
+def as_chat(tokenizer, prompt, system=None):
+    """The turns of a prompt as the tokenizer's chat template takes them: [{"role", "content"}, ...]. `system` is the system's turn, for
+    a prompt that has none of its own; where the template has no such turn (Mistral's first), it goes before the first question."""
+    chat = turns(prompt)
+    if system is not None and chat[0]["role"] != "system":
+        chat = [{"role": "system", "content": system}, *chat]
+    if chat[0]["role"] == "system" and len(chat) > 1:
+        try:
+            tokenizer.apply_chat_template(chat, tokenize=False)
+        except TemplateError:
+            return [{"role": "user", "content": f"{chat[0]['content']}\n\n{chat[1]['content']}"}, *chat[2:]]
+    return chat
+
+
 def encode_prompt(tokenizer, prompt, system=None):
     """The query: token ids of the prompt as the model was trained to read it, in its chat template and ready for its answer
     (or as plain text, where the tokenizer has no template). A transcript's turns become the template's. `system` is the
@@ -92,16 +107,8 @@ def encode_prompt(tokenizer, prompt, system=None):
     if tokenizer.chat_template is None:
         text = prompt if system is None else f"{system}\n\n{prompt}"
         return tokenizer(text, return_tensors="pt")["input_ids"][0]
-    chat = turns(prompt)
-    if system is not None and chat[0]["role"] != "system":
-        chat = [{"role": "system", "content": system}, *chat]
-    try:
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    except TemplateError:  # of a template without a system's turn, as Mistral's first: it goes before the first question
-        if chat[0]["role"] != "system" or len(chat) < 2:
-            raise
-        chat = [{"role": "user", "content": f"{chat[0]['content']}\n\n{chat[1]['content']}"}, *chat[2:]]
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    chat = as_chat(tokenizer, prompt, system)
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
 
 
@@ -122,6 +129,7 @@ def load_causal_lm(model, quantize=True, dtype=None, to_shard=False):
             "adapters: PolicyWithValueHead(PeftModel.from_pretrained(base, folder, is_trainable=True)))"
         )
     folder = resolve(model)
+    gc.collect()  # a trainer holds itself in a ring: one that was deleted keeps its model in memory until somebody looks
     with usable(model):
         lm = AutoModelForCausalLM.from_pretrained(
             folder,

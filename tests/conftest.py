@@ -38,6 +38,23 @@ def llama_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def mistral_folder(tmp_path_factory):
+    """A small Mistral of random weights with a tokenizer that reads English, as `from_pretrained` wants it."""
+    import torch
+
+    from rlhf_helpers.config import DATA_FILE, project_root
+    from rlhf_helpers.data import load_preferences
+    from tests import tiny
+
+    folder = tmp_path_factory.mktemp("mistral")
+    pairs = load_preferences(project_root() / DATA_FILE)
+    tokenizer = tiny.mistral_tokenizer([text for pair in pairs for text in pair.values() if isinstance(text, str)])
+    tokenizer.save_pretrained(folder)
+    tiny.mistral(len(tokenizer)).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def nf4(llama_folder):
     """A function that makes a new tiny 4-bit NF4 Llama, frozen, or with LoRA adapters if `targets` are named."""

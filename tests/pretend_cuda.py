@@ -3,6 +3,7 @@ that are not, or to become numpy arrays. The numbers themselves are computed on 
 where it must be, and nothing about speed, memory or a card's kernels.
 
     python -m tests.pretend_cuda notebooks/04_ppo_step_by_step.ipynb      the cells of a notebook, in its short form
+    python -m tests.pretend_cuda --profile FOLDER notebooks/04*.ipynb     the same with the GPU profile and the model of a folder
     python -m tests.pretend_cuda rlhf_helpers --steps 1                   a module, with its arguments
     python -m tests.pretend_cuda --old pytest -m cuda                     on a card without bf16, like a T4
 
@@ -11,8 +12,10 @@ the CPU are not. Only what the course and its libraries use is imitated."""
 
 import functools
 import os
+import re
 import runpy
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -259,31 +262,57 @@ class PretendedCard:
             context.__exit__(*error)
 
 
-def run_notebook(path):
-    """Run a notebook's cells in its folder; the number of those that failed and should not have."""
+def with_gpu_profile(sources, folder):
+    """A notebook's cells with the word at its top changed: the GPU profile, and the model of a folder."""
+    word, ours = r"^profile = CPU\b", f"profile = __import__('dataclasses').replace(GPU, model={str(folder)!r})"
+    if sum(len(re.findall(word, source, re.MULTILINE)) for source in sources) != 1:
+        raise SystemExit("expected one line 'profile = CPU' in the notebook's cells")
+    return [re.sub(word, lambda _: ours, source, flags=re.MULTILINE) for source in sources]
+
+
+def counted(load, alive, most):
+    """`from_pretrained`, which notes how many of the models that it has made are in memory at once."""
+
+    def from_pretrained(*args, **kwargs):
+        model = load(*args, **kwargs)
+        alive.add(model)
+        most.append(max(most[-1], len(alive)))
+        return model
+
+    return from_pretrained
+
+
+def run_notebook(path, folder=None):
+    """Run a notebook's cells in its folder, with the GPU profile if the folder of a model is given; the number of those cells that
+    failed and should not have. It prints how many language models were in memory at once."""
     import nbformat
     from IPython.core.interactiveshell import InteractiveShell
+    from transformers import AutoModelForCausalLM
 
-    cells, failed, shell = nbformat.read(path, 4).cells, 0, InteractiveShell.instance()
+    cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+    sources = [cell.source for cell in cells]
+    sources = with_gpu_profile(sources, folder) if folder else sources
+    failed, most, shell = 0, [0], InteractiveShell.instance()
+    load = counted(AutoModelForCausalLM.from_pretrained, weakref.WeakSet(), most)
     os.chdir(path.parent)
     sys.path.insert(0, "")
-    for number, cell in enumerate(cells):
-        if (
-            cell.cell_type == "code"
-            and not shell.run_cell(cell.source).success
-            and "raises-exception" not in cell.metadata.get("tags", [])
-        ):
-            failed += 1
-            print(f"{path.name}: cell {number} failed on the pretended card")
+    with mock.patch.object(AutoModelForCausalLM, "from_pretrained", load):
+        for number, (cell, source) in enumerate(zip(cells, sources), 1):
+            if not shell.run_cell(source).success and "raises-exception" not in cell.metadata.get("tags", []):
+                failed += 1
+                print(f"{path.name}: code cell {number} failed on the pretended card")
+    print(f"language models at once: {most[-1]}")
     return failed
 
 
 def main(*arguments):
     old = arguments[0] == "--old"
-    name, *arguments = arguments[old:]
+    arguments = arguments[old:]
+    _, folder, *arguments = arguments if arguments[0] == "--profile" else (None, None, *arguments)
+    name, *arguments = arguments
     with PretendedCard(capability=(7, 5) if old else (8, 0)):
         if name.endswith(".ipynb"):
-            return run_notebook(Path(name).resolve())
+            return run_notebook(Path(name).resolve(), folder and Path(folder).resolve())
         sys.argv = [name, *arguments]
         runpy.run_module(name, run_name="__main__", alter_sys=True)
 

@@ -12,7 +12,8 @@ import torch
 
 from rlhf_helpers.data import save_jsonl
 from rlhf_helpers.reward import ensure_reward_model
-from tests.pretend_cuda import PretendedCard
+from tests.pretend_cuda import PretendedCard, with_gpu_profile
+from tests.test_profiles import AT_ONCE, PAGES, WORD
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("0*.ipynb"))
@@ -127,3 +128,34 @@ def test_the_benchmark_of_the_7b_model_runs_on_the_card_small_and_beside_trl():
 def test_the_notebooks_run_on_the_card(notebook):
     ensure_reward_model()
     on_the_card(notebook)
+
+
+IN_FP16 = ("01", "04", "08")  # as on a T4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "notebook, kind",
+    [
+        pytest.param(page, kind, id=f"{page.stem}-{'fp16' if kind else 'bf16'}")
+        for kind in ([], ["--old"])
+        for page in PAGES
+        if not kind or page.name.startswith(IN_FP16)
+    ],
+)
+def test_the_notebooks_run_on_the_card_with_the_gpu_profile(notebook, kind, mistral_folder):
+    ensure_reward_model()
+    printed = on_the_card(*kind, "--profile", mistral_folder, notebook)
+    assert f"language models at once: {AT_ONCE[notebook.name[:2]]}\n" in printed
+
+
+def test_the_gpu_profile_takes_the_place_of_the_word_and_of_nothing_else(tmp_path):
+    page = ["import torch", f"from rlhf_helpers.config import CPU, GPU\n{WORD}\nnext", "profile is CPU"]
+    first, second, third = with_gpu_profile(page, tmp_path)
+    names = {}
+    exec(second.replace("next", ""), names)
+    assert (first, third) == (page[0], page[2]) and second.endswith("\nnext")
+    assert names["profile"].name == "gpu" and names["profile"].model == str(tmp_path)
+    for wrong in (page[:1], page + page[1:2]):
+        with pytest.raises(SystemExit, match="expected one line 'profile = CPU'"):
+            with_gpu_profile(wrong, tmp_path)

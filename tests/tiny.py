@@ -2,7 +2,7 @@
 
 import torch
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -11,6 +11,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedTokenizerFast,
 )
 
@@ -114,6 +116,38 @@ def same(first, second):
 def adapters(trainer, part="lora_B"):
     """The adapters' parameters by name."""
     return {name: p for name, p in trainer.model.named_parameters() if part in name}
+
+
+# Mistral's first template: turns must alternate, and there is none for a system.
+INST = (
+    "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant') }}{% endif %}{% if message['role'] == 'user' %}"
+    "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% else %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def mistral_tokenizer(texts, size=1000):
+    """Byte-pair encoding with bytes for what it does not know, BOS in front, no pad token, and Mistral's template; learnt from `texts`."""
+    special = ["<unk>", "<s>", "</s>"]
+    pairs = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    pairs.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    pairs.pre_tokenizer = pre_tokenizers.Split(Regex("\u2581"), "merged_with_next")
+    pairs.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    known = [*special, *(f"<0x{byte:02X}>" for byte in range(256))]
+    pairs.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, special_tokens=known, show_progress=False))
+    pairs.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])
+    names = dict(zip(("unk_token", "bos_token", "eos_token"), special))
+    return PreTrainedTokenizerFast(tokenizer_object=pairs, chat_template=INST, **names)
+
+
+def mistral(vocabulary, layers=21, seed=0):
+    """A Mistral in the proportions of the 7B model, a thirty-second as wide: grouped keys, a sliding window, a head of its own."""
+    torch.manual_seed(seed)
+    sizes = dict(vocab_size=vocabulary, hidden_size=128, intermediate_size=448, num_hidden_layers=layers, num_attention_heads=8)
+    sizes |= dict(num_key_value_heads=2, max_position_embeddings=32768, sliding_window=4096, tie_word_embeddings=False)
+    return MistralForCausalLM(MistralConfig(**sizes, bos_token_id=1, eos_token_id=2, initializer_range=0.1)).eval()
 
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a cat dog likes the sun warm cold rain and is lovely good bad very write about".split()
