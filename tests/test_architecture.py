@@ -34,6 +34,7 @@ FLOORS = {
         "course.exercises",
         "course.runs",
         "course.inspector",
+        "course.capstone",
         "course.first_exercises",
         "course.more_exercises",
         "course.loop_exercises",
