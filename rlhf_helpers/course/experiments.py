@@ -117,9 +117,9 @@ ENSEMBLES = {f"{how}_of_five": dict(reward=f"ensemble_{how}", minutes=10) for ho
 FREE = dict(init_kl_coef=0.0, kl_budget=None, gradient_accumulation_steps=1)
 CAPSTONE = {
     "fifty_pairs_no_price": dict(reward="labelled", settings=FREE, steps=24),
-    "score_on_the_first_token": dict(advantages="score_on_the_first_token", steps=24),
+    "score_on_the_first_token": dict(advantages="score_on_the_first_token", steps=20),
     "minus_model": dict(reward="minus_model", steps=24),
-    "fifty_pairs_price": dict(reward="labelled", settings=FREE | dict(init_kl_coef=0.1), steps=24),
+    "fifty_pairs_price": dict(reward="labelled", settings=FREE | dict(init_kl_coef=0.1), steps=20),
 }
 
 EXPERIMENTS = {

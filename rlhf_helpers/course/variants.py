@@ -182,7 +182,8 @@ def reward_named(name, seed):
         generator = torch.Generator().manual_seed(seed)
         return lambda prompts, responses: torch.randn(len(prompts), generator=generator)
     if name == "labelled":
-        return kept("labelled", capstone.preferences(), 0, **capstone.TRAINING)
+        pairs = capstone.pairs_to_label()
+        return kept("labelled", capstone.stand_in(pairs).preferences(pairs), 0, **capstone.TRAINING)
     if name == "minus_model":
         model = ensure_reward_model()
         return lambda prompts, responses: -model(prompts, responses)
