@@ -10,10 +10,10 @@ import numpy as np
 
 from rlhf_helpers import doctor
 from rlhf_helpers.config import DATA_FILE, project_root
-from rlhf_helpers.course import plots
+from rlhf_helpers.course import guesses, plots
 from rlhf_helpers.course.capstone_exercises import BLOCK, KEY, letters_of, right_diagnoses
 from rlhf_helpers.course.gold import gold_reward, is_whole, warm_words
-from rlhf_helpers.course.runs import logs_of, read_log
+from rlhf_helpers.course.runs import Log, logs_of, read_log
 from rlhf_helpers.data import load_preferences
 from rlhf_helpers.evaluation import chosen_of, paired_gain
 from rlhf_helpers.intervals import mean_interval
@@ -24,7 +24,7 @@ FILES = {  # what the blind runs are, by the names that KEY gives them
     "healthy": "headline/frozen_seed8",
     "hacked": "capstone/fifty_pairs_no_price_seed0",
     "bug": "capstone/score_on_the_first_token_seed0",
-    "priced": "capstone/fifty_pairs_price_seed0",
+    "mended bug": "headline/frozen_seed0",  # the same seed and settings, the score on the last token
 }
 
 
@@ -157,6 +157,20 @@ def same_as(of, pairs, labels, use):
     return hits
 
 
+TASTE = {
+    "A": "length shows at once, and says least: four of ten answers here are long because they never end.",
+    "B": "an answer that breaks off is easy to see, and hard to like.",
+    "C": "warm words please; whether they please you, or only stand in answers that do, these pairs cannot tell.",
+}
+
+
+def tell_taste(guess, rows):
+    """The learner's guess beside the yardstick of `agreement` that the labels went along with most."""
+    shares = {letter: row["same"] for letter, row in zip(TASTE, rows[1:])}
+    as_number = lambda share: float(share.rstrip("%") or 0)
+    guesses.choice(guess, max(shares, key=lambda letter: as_number(shares[letter])), TASTE)
+
+
 def row(name, hits):
     if not hits:
         return {"your labels against": name, "pairs that differ": 0, "same": "", "95 % interval": ""}
@@ -180,6 +194,14 @@ def blind():
 def run_named(name):
     """The log of one of FILES."""
     return read_log(project_root() / "data" / "runs" / f"{FILES[name]}.jsonl.gz")
+
+
+def stopped(log, config, otherwise=9.0):
+    """(the log up to where the budget of `config` ends it, that budget): number for number the run that a budget would have ended.
+    A config without a budget is taken for one of `otherwise` nats."""
+    budget = getattr(config, "kl_budget", None) or otherwise
+    spent = plots.running_mean(log.course_of("kl"), 4) > budget
+    return Log(log.head, log.steps[: int(spent.argmax()) + 1] if spent.any() else log.steps, log.after), budget
 
 
 CURVES = {
@@ -252,13 +274,33 @@ def findings(log):
 
 
 def gains(logs):
-    """What each run did on the 120 test prompts, two answers to each: gold gained over the untrained model, with its interval."""
+    """Rows of gold gained over the untrained model on the 120 test prompts, two answers to each, with its interval."""
     base, rows = logs_of("base", "test")[0], {}
     for name, log in logs.items():
         gain, (low, high) = mean_interval(log.by_prompt(log.gold).mean(1) - base.by_prompt(base.gold).mean(1))
-        score, end = log.course_of("score"), slice(-4, None)
-        rows[name] = {"score, last 4 steps": f"{score[end].mean():+.2f}", "KL": f"{log.kl:.1f}", "whole": f"{log.whole:.0%}",
-                      "gold gained": f"{gain:+.2f}", "95 % interval": f"{low:+.2f} to {high:+.2f}"}  # fmt: skip
+        rows[name] = {"gold gained": f"{gain:+.2f}", "95 % interval": f"{low:+.2f} to {high:+.2f}", "KL": f"{log.kl:.1f}",
+                      "finished": f"{log.whole:.0%}"}  # fmt: skip
+    return rows
+
+
+def at_the_end(logs, width=4):
+    """Rows of what each run was like in its last `width` steps, from its own batches; the gold is left out."""
+    rows = {}
+    for name, log in logs.items():
+        last = {what: log.course_of(what)[-width:].mean() for what in ("score", "kl", "length", "ended")}
+        rows[name] = {"steps": len(log.steps), "score": f"{last['score']:+.2f}", "KL": f"{last['kl']:.1f}",
+                      "tokens": f"{last['length']:.0f}", "ends by itself": f"{last['ended']:.0%}"}  # fmt: skip
+    return rows
+
+
+def gold_in_batches(logs, width=4):
+    """Rows of the gold of what each run wrote while it trained, in its first and last `width` steps, 16 answers a step."""
+    rows = {}
+    for name, log in logs.items():
+        gold = [[gold_reward(*one) for one in zip(step["prompts"], step["texts"])] for step in log.steps]
+        for when, part in (("first", gold[:width]), ("last", gold[-width:])):
+            mean, (low, high) = mean_interval([one for step in part for one in step])
+            rows.setdefault(name, {})[f"gold, {when} {width} steps"] = f"{mean:.2f} ({low:.2f} to {high:.2f})"
     return rows
 
 
@@ -270,6 +312,13 @@ def best_of_four(reward_fn, prompts):
     shape = (len(prompts), -1)
     rewards, gold = np.asarray(reward_fn(asked, texts)).reshape(shape), base.gold[use].reshape(shape)
     return float(chosen_of(rewards, gold, 4).mean()), float(gold.mean())
+
+
+GOLD_LESSONS = {
+    "A": "the reward model was right further out than its fifty pairs could show, at least as far as this run went.",
+    "B": "the proxy rose, and what people want did not follow, or less than this interval can show.",
+    "C": "the proxy rose, and what people want was given up for it. That is what hacked means.",
+}
 
 
 def gold_of_run(before, after):

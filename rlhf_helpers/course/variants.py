@@ -176,17 +176,14 @@ def kept(name, pairs, seed, **options):
 
 
 def reward_named(name, seed):
-    """The reward function of a run: "model" (the course's), "random", "labelled" (the capstone's, from 50 pairs), "minus_model"
-    (its sign is wrong), "pairs_N", "ensemble_mean", "ensemble_min"."""
+    """The reward function of a run: "model" (the course's), "random", "labelled" (the capstone's, from 50 pairs), "pairs_N",
+    "ensemble_mean", "ensemble_min"."""
     if name == "random":  # placebo: as spread as the reward model's scores are, and about nothing
         generator = torch.Generator().manual_seed(seed)
         return lambda prompts, responses: torch.randn(len(prompts), generator=generator)
     if name == "labelled":
         pairs = capstone.pairs_to_label()
         return kept("labelled", capstone.stand_in(pairs).preferences(pairs), 0, **capstone.TRAINING)
-    if name == "minus_model":
-        model = ensure_reward_model()
-        return lambda prompts, responses: -model(prompts, responses)
     if name.startswith("pairs_"):
         return small_reward_model(int(name.removeprefix("pairs_")), seed)
     if name.startswith("ensemble_"):
