@@ -118,7 +118,7 @@ CAPSTONE = {
     "fifty_pairs_no_price": dict(
         reward="labelled", settings=dict(init_kl_coef=0.0, kl_budget=None, gradient_accumulation_steps=1), steps=24
     ),
-    "score_on_the_first_token": dict(advantages="score_on_the_first_token", steps=16),
+    "score_on_the_first_token": dict(advantages="score_on_the_first_token", steps=20),
 }
 
 EXPERIMENTS = {
