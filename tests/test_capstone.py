@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from rlhf_helpers import doctor
 from rlhf_helpers.config import CPU, DATA_FILE, HELDOUT_FILE, TEST_FILE, project_root
 from rlhf_helpers.course import capstone, exercises
 from rlhf_helpers.course import capstone_exercises as checks
@@ -152,12 +153,9 @@ def test_the_healthy_run_gained_gold_and_the_hacked_one_is_paid_more_for_none():
     assert score[-4:].mean() > score[:4].mean()
 
 
-def test_the_doctor_reads_a_shipped_log():
-    assert capstone.findings(log_of([0.0] + [1.0] * 9)) == []
-    (finding,) = capstone.findings(log_of([0.0] + [30.0] * 9))
-    assert "30.0 nats" in finding.symptom
-    (finding,) = capstone.findings(log_of([0.5] + [1.0] * 9))
-    assert "at the first step" in finding.symptom
+def test_the_doctor_finds_the_healthy_run_the_healthiest():
+    found = {what: doctor.examine(log.history, log.texts) for what, log in zip(checks.KEY.values(), capstone.blind().values())}
+    assert len(found["hacked"]) > len(found["healthy"]) and len(found["bug"]) > len(found["healthy"])
 
 
 def test_a_budget_cuts_a_log_where_it_would_have_ended_the_run():

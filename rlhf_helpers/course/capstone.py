@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rlhf_helpers import doctor
 from rlhf_helpers.config import DATA_FILE, project_root
 from rlhf_helpers.course import guesses, plots
 from rlhf_helpers.course.capstone_exercises import BLOCK, KEY, letters_of, right_diagnoses
@@ -252,22 +251,6 @@ def samples(logs, at=(0, 11, -1), row=0):
             lines.append(f"{name}, step {number + 1} ({one['scores'][row]:+.1f}): {one['prompts'][row]}")
             lines.append(textwrap.fill(text, 96, initial_indent="    ", subsequent_indent="    ") + "\n")
     return "\n".join(lines)
-
-
-LONG_NAMES = {
-    "kl": "objective/kl", "entropy": "ppo/policy/entropy", "clipped": "ppo/policy/clipfrac", "value_loss": "ppo/loss/value",
-    "length": "tokens/responses_len_mean", "ended": "tokens/responses_eos_frac", "sampler_kl": "objective/sampler_kl",
-    "skipped": "ppo/skipped_updates",
-}  # fmt: skip
-
-
-def findings(log):
-    """The doctor's findings about a shipped log: by those of its rules whose stats were logged."""
-    history = []
-    for number, step in enumerate(log.steps, 1):
-        stats = {long: step[short] for short, long in LONG_NAMES.items() if step.get(short) is not None}
-        history.append(stats | {"step": number, "ppo/std_scores": float(np.std(step["scores"]))})
-    return doctor.examine(history)
 
 
 # ---------------------------------------------------------------- the gold revealed
