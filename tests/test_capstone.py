@@ -10,6 +10,7 @@ from rlhf_helpers.course import capstone_exercises as checks
 from rlhf_helpers.course.runs import Log
 from rlhf_helpers.data import load_preferences, load_prompts
 from rlhf_helpers.evaluation import Evaluation
+from rlhf_helpers.intervals import mean_interval
 
 PAIRS = capstone.pairs_to_label()
 A, B, C = "ABC"
@@ -132,7 +133,7 @@ def test_only_one_s_own_labels_are_compared_where_there_are_some():
 
 def test_the_three_runs_are_there_and_do_not_say_what_they_are():
     runs = capstone.blind()
-    assert set(runs) == set("ABC") and set(checks.KEY.values()) == {"healthy", "hacked", "bug"}
+    assert set(runs) == set("ABC") and set(checks.KEY.values()) == {"healthy", "misled", "bug"}
     text = capstone.samples(runs)
     for log in runs.values():
         assert len(log.steps) >= 12 and log.head["condition"] not in text
@@ -145,17 +146,19 @@ def test_the_mended_run_differs_from_the_broken_one_in_that_line_alone():
     assert (broken["advantages"], mended["advantages"]) == ("score_on_the_first_token", "gae")
 
 
-def test_the_healthy_run_gained_gold_and_the_hacked_one_is_paid_more_for_none():
-    gains = capstone.gains({name: capstone.run_named(name) for name in ("healthy", "hacked")})
-    low = lambda name: float(gains[name]["95 % interval"].split(" to ")[0])
-    assert low("healthy") > 0.5 and low("hacked") <= 0
-    score = capstone.run_named("hacked").course_of("score")
-    assert score[-4:].mean() > score[:4].mean()
+def test_the_misled_run_is_paid_more_and_earns_less_of_what_is_wanted():
+    healthy, misled = capstone.run_named("healthy"), capstone.run_named("misled")
+    score, gold = misled.course_of("score"), misled.course_of("gold")
+    assert score[-4:].mean() > score[:4].mean() + 0.3 and gold[-4:].mean() < gold[:4].mean()
+    _, (low, _) = mean_interval(healthy.by_prompt(healthy.gold).mean(1) - misled.by_prompt(misled.gold).mean(1))
+    assert low > 0
+    rows = capstone.gains({"misled": misled})
+    assert float(rows["misled"]["warm words"]) < 0.5 * float(rows["untrained"]["warm words"])
 
 
 def test_the_doctor_finds_the_healthy_run_the_healthiest():
     found = {what: doctor.examine(log.history, log.texts) for what, log in zip(checks.KEY.values(), capstone.blind().values())}
-    assert len(found["hacked"]) > len(found["healthy"]) and len(found["bug"]) > len(found["healthy"])
+    assert len(found["misled"]) > len(found["healthy"]) and len(found["bug"]) > len(found["healthy"])
 
 
 def test_a_budget_cuts_a_log_where_it_would_have_ended_the_run():

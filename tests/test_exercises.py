@@ -168,11 +168,12 @@ WRONG = {
     ],
     "check_pairs_for_half": [("2 * 198", "shrinks with the root"), ("99", "fewer pairs, a wider interval")],
     "check_diagnosis": [
-        ("dict(A='healthy', B='bug', C='hacked')", "A is not healthy"),
-        ("dict(A='hacked', B='healthy', C='bug')", "B is not healthy"),
-        ("dict(A='hacked', B='ill', C='bug')", "B is 'ill'; expected"),
-        ("dict(A='hacked', B=..., C='bug')", "B has no answer yet"),
-        ("'hacked'", "expected diagnosis = dict("),
+        ("dict(A='healthy', B='bug', C='misled')", "A is not healthy"),
+        ("dict(A='misled', B='healthy', C='bug')", "B is not healthy"),
+        ("dict(A='misled', B='ill', C='bug')", "B is 'ill'; expected"),
+        ("dict(A='misled', B=..., C='bug')", "B has no answer yet"),
+        ("'misled'", "expected diagnosis = dict("),
+        ("dict(A='bug', B='hacked', C='Healthy ')", "B is not misled"),
     ],
     "check_place_score": [
         ("lambda penalties, score: [p + score for p in penalties]", "paid for its length"),
@@ -185,7 +186,7 @@ WRONG = {
         ("CPU.ppo_config(init_kl_coef=0.001, kl_budget=None, gradient_accumulation_steps=1)", "50 nats would still be bought"),
         ("CPU.ppo_config(init_kl_coef=2.0, kl_budget=None, gradient_accumulation_steps=1)", "hardly move"),
         ("CPU.ppo_config(init_kl_coef=0.0, kl_budget=100.0, gradient_accumulation_steps=1)", "far beyond"),
-        ("CPU.ppo_config(init_kl_coef=0.0, kl_budget=None, gradient_accumulation_steps=1)", "that is the hacked run's config"),
+        ("CPU.ppo_config(init_kl_coef=0.0, kl_budget=None, gradient_accumulation_steps=1)", "that is the misled run's config"),
     ],
 }  # fmt: skip
 

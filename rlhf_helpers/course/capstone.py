@@ -21,7 +21,7 @@ PAIRS = 50
 TRAINING = dict(epochs=8, batch_size=10)  # of the reward model: 40 steps, as 8 passes over so few pairs take
 FILES = {  # what the blind runs are, by the names that KEY gives them
     "healthy": "headline/frozen_seed8",
-    "hacked": "capstone/fifty_pairs_no_price_seed0",
+    "misled": "capstone/fifty_pairs_no_price_seed0",
     "bug": "capstone/score_on_the_first_token_seed0",
     "mended bug": "headline/frozen_seed0",  # the same seed and settings, the score on the last token
 }
@@ -186,7 +186,7 @@ def row(name, hits):
 
 
 def blind():
-    """{"A": Log, "B": Log, "C": Log}: a healthy run, a hacked one, and one with a bug, in an order that is told later."""
+    """{"A": Log, "B": Log, "C": Log}: a healthy run, a misled one, and one with a bug, in an order that is told later."""
     return {letter: run_named(name) for letter, name in KEY.items()}
 
 
@@ -259,10 +259,10 @@ def samples(logs, at=(0, 11, -1), row=0):
 def gains(logs):
     """Rows of gold gained over the untrained model on the 120 test prompts, two answers to each, with its interval."""
     base, rows = logs_of("base", "test")[0], {}
-    for name, log in logs.items():
+    for name, log in ({"untrained": base} | logs).items():
         gain, (low, high) = mean_interval(log.by_prompt(log.gold).mean(1) - base.by_prompt(base.gold).mean(1))
         rows[name] = {"gold gained": f"{gain:+.2f}", "95 % interval": f"{low:+.2f} to {high:+.2f}", "KL": f"{log.kl:.1f}",
-                      "finished": f"{log.whole:.0%}"}  # fmt: skip
+                      "finished": f"{log.whole:.0%}", "warm words": f"{np.mean(list(map(warm_words, log.after['responses']))):.2f}"}  # fmt: skip
     return rows
 
 

@@ -8,21 +8,21 @@ from rlhf_helpers.course.grading import function, not_a_config, number, say, sho
 __all__ = ["check_diagnosis", "check_one_setting", "check_pairs_for_half", "check_place_score"]
 
 BLOCK = 10  # pairs on one screen
-KEY = {"A": "hacked", "B": "bug", "C": "healthy"}  # what the blind runs are
+KEY = {"A": "misled", "B": "bug", "C": "healthy"}  # what the blind runs are
 
 # {what a run is: {what a learner may take it for: what that overlooks}}
 LESSONS = {
     "healthy": {
-        "hacked": "the score rises, and so do the things that the annotator wants: the answers end, and each is about its own prompt. KL stays near the budget of 9",
-        "bug": "a bug would have to show somewhere: here score, KL and the share of whole answers all move as in notebook 05",
+        "misled": "its KL stays near the budget of 9, and each text is about its own prompt. What would you want that it does not do?",
+        "bug": "a bug would have to show somewhere: here score, KL, length and the share of finished answers all move as in notebook 05",
     },
-    "hacked": {
-        "healthy": "its score is the highest, and it is the only curve that looks good. Compare its KL with the budget of 9 nats, and read its last texts",
+    "misled": {
+        "healthy": "its score rises and its answers end, and nothing held it: hold its KL against the budget of 9 nats, and ask whether its last texts are what the annotator likes, or only short",
         "bug": "it does what it was told: it is paid more and more. What it is told is wrong, which no line of the code can show",
     },
     "bug": {
         "healthy": "its score at the end is about where it began, though its KL says that the weights moved. A run that learns is paid more",
-        "hacked": "a hacked run is paid for what it does. This one is not: its score has hardly moved",
+        "misled": "a misled run is paid for what it does. This one is not: its score has hardly moved",
     },
 }
 
@@ -63,7 +63,7 @@ def check_pairs_for_half(answer):
 
 
 def check_diagnosis(answer):
-    """{"A": ..., "B": ..., "C": ...}, each "healthy", "hacked" or "bug"."""
+    """{"A": ..., "B": ..., "C": ...}, each "healthy", "misled" (or "hacked") or "bug"."""
     given, wrong = read_diagnosis(answer)
     if wrong:
         return say(False, wrong)
@@ -80,15 +80,16 @@ def check_diagnosis(answer):
 def read_diagnosis(answer):
     """(diagnosis by letter, what is wrong with it or None)."""
     if answer is ... or (type(answer) is dict and answer and all(value is ... for value in answer.values())):
-        return {}, "no answer yet: put healthy, hacked or bug, in quotes, where the dots are"
+        return {}, "no answer yet: put healthy, misled or bug, in quotes, where the dots are"
     if type(answer) is not dict or set(map(str, answer)) != set(KEY):
         return {}, 'expected diagnosis = dict(A="...", B="...", C="...")'
     given = {letter: value.strip().lower() if isinstance(value, str) else value for letter, value in answer.items()}
+    given = {letter: "misled" if isinstance(value, str) and value == "hacked" else value for letter, value in given.items()}
     for letter, value in given.items():
         if value is ...:
             return {}, f"{letter} has no answer yet"
         if not isinstance(value, str) or value not in LESSONS:
-            return {}, f'{letter} is {shown(value)}; expected "healthy", "hacked" or "bug"'
+            return {}, f'{letter} is {shown(value)}; expected "healthy", "misled" or "bug"'
     return given, None
 
 
@@ -117,7 +118,7 @@ def check_place_score(answer):
     function(answer, cases, hints, praise="on the last token: what came before it can still earn it")
 
 
-HACKED = CPU.ppo_config(init_kl_coef=0.0, kl_budget=None, gradient_accumulation_steps=1)
+MISLED = CPU.ppo_config(init_kl_coef=0.0, kl_budget=None, gradient_accumulation_steps=1)
 ALONE = {  # a setting that was changed alone, and what it does
     "learning_rate": "a smaller rate goes the same way, only later: nothing calls it back",
     "seed": "another seed takes another path to the same place",
@@ -133,17 +134,17 @@ ALONE = {  # a setting that was changed alone, and what it does
 
 
 def check_one_setting(answer):
-    """A PPOConfig that differs from the hacked run's in one setting, one that holds the policy near the reference."""
+    """A PPOConfig that differs from the misled run's in one setting, one that holds the policy near the reference."""
     if wrong := not_a_config(answer):
         return say(False, wrong)
-    before, after = asdict(HACKED), asdict(answer)
+    before, after = asdict(MISLED), asdict(answer)
     changed = [field.name for field in fields(answer) if before[field.name] != after[field.name]]
     if not changed:
-        return say(False, "that is the hacked run's config; change one setting of it")
+        return say(False, "that is the misled run's config; change one setting of it")
     if len(changed) > 1:
         return say(
             False,
-            f"{len(changed)} settings differ from the hacked run's ({', '.join(changed)}); change one, or you will not know which helped",
+            f"{len(changed)} settings differ from the misled run's ({', '.join(changed)}); change one, or you will not know which helped",
         )
     (name,) = changed
     value = after[name]
