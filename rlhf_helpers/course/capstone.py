@@ -209,24 +209,29 @@ CURVES = {
     "length, tokens": lambda log: log.course_of("length"),
     "share that ends by itself": lambda log: log.course_of("ended"),
 }
-COLOURS = (plots.BLUE, plots.ORANGE, plots.GREEN, plots.PURPLE)
+COLOURS = {"A": plots.BLUE, "B": plots.ORANGE, "C": plots.GREEN}  # of whatever else is drawn: purple
+BUDGET = 9.0  # nats, of the profile that the healthy run and the one with a bug have
 
 
-def curves(logs, width=4, more=None):
-    """Four curves of several runs, each named at its end; means of `width` steps. `more` is {name: function of a log}."""
-    drawn = CURVES | (more or {})
-    figure, axes = plots.new_figure(-(-len(drawn) // 2), 2, size=(8, 2.3 * -(-len(drawn) // 2)))
-    for axis, (title, of) in zip(axes.flat, drawn.items()):
+def curves(logs, width=4):
+    """Four curves of several runs, each named at its end; means of `width` steps."""
+    figure, axes = plots.new_figure(2, 2, size=(9.2, 5.2))
+    for axis, (title, of) in zip(axes.flat, CURVES.items()):
         ends = []
-        for colour, (name, log) in zip(COLOURS, logs.items()):
-            line = plots.running_mean(of(log), width)
-            axis.plot(range(1, len(line) + 1), line, color=colour, linewidth=1.6)
+        for name, log in logs.items():
+            line, colour = plots.running_mean(of(log), width), COLOURS.get(name, plots.PURPLE)
+            axis.plot(range(1, len(line) + 1), line, color=colour, linewidth=1.8)
             ends.append((line[-1], len(line), name, colour))
+        if title.startswith("KL"):
+            axis.axhline(BUDGET, color=plots.GREY, linewidth=1, linestyle="--")
+            axis.annotate(
+                f"budget {BUDGET:g}", (1, BUDGET), (0, 3), textcoords="offset points", fontsize=plots.SMALL, color=plots.GREY
+            )
         label_ends(axis, ends)
-        axis.set_title(title, fontsize=9, loc="left")
+        axis.set_title(title, loc="left")
         axis.xaxis.get_major_locator().set_params(integer=True)
     for axis in axes[-1]:
-        axis.set_xlabel(f"step (mean of {width})", fontsize=8)
+        axis.set_xlabel(f"step; mean of {width}")
     return figure
 
 
@@ -236,11 +241,11 @@ def label_ends(axis, ends):
     gap, at = 0.09 * (high - low), -np.inf
     for y, x, name, colour in sorted(ends):
         at = max(y, at + gap)
-        axis.annotate(f" {name}", (x, at), color=colour, fontsize=9, va="center", fontweight="bold")
+        axis.annotate(f" {name}", (x, at), color=colour, fontsize=plots.TEXT, va="center", fontweight="bold")
     axis.margins(x=0.09)
 
 
-def samples(logs, at=(0, 11, -1), row=0):
+def samples(logs, at=(0, 11, -2, -1), row=0):
     """What each run wrote at some of its steps, as plain text, with the score that the run was paid for it."""
     lines = []
     for name, log in logs.items():
@@ -261,7 +266,8 @@ def gains(logs):
     base, rows = logs_of("base", "test")[0], {}
     for name, log in ({"untrained": base} | logs).items():
         gain, (low, high) = mean_interval(log.by_prompt(log.gold).mean(1) - base.by_prompt(base.gold).mean(1))
-        rows[name] = {"gold gained": f"{gain:+.2f}", "95 % interval": f"{low:+.2f} to {high:+.2f}", "KL": f"{log.kl:.1f}",
+        gained = ("", "") if log is base else (f"{gain:+.2f}", f"{low:+.2f} to {high:+.2f}")
+        rows[name] = {"gold gained": gained[0], "95 % interval": gained[1], "KL": f"{log.kl:.1f}",
                       "finished": f"{log.whole:.0%}", "warm words": f"{np.mean(list(map(warm_words, log.after['responses']))):.2f}"}  # fmt: skip
     return rows
 
@@ -313,20 +319,19 @@ def gold_of_run(before, after):
 
 
 def scorecard(pairs, labels, accuracy, course_accuracy, guessed, happened, diagnosis):
-    """Rows of up to 100 points, each with what it counts. `accuracy` and `course_accuracy` are shares of held-out pairs ranked
+    """Rows of up to 100 points: for labels, the share of the 50 that are the learner's, times how far the rule agrees with them beyond
+    a coin; for the reward model, what it ranks beyond a coin over what the course's does; for the guess; for each diagnosis. `accuracy` and `course_accuracy` are shares of held-out pairs ranked
     correctly; `guessed` and `happened` letters of `gold_of_run`. Labels that stand in earn nothing."""
     own = [i for i, mine in enumerate(labels.own) if mine]
     hits = same_as(gold_reward, pairs, labels, own)
     beyond = lambda share: max(0.0, 2 * share - 1)  # a coin earns nothing
+    said = "nothing" if guessed is ... else guessed
     rows = [
-        (30 * sum(labels.own) / PAIRS * beyond(np.mean(hits) if hits else 0.5), 30,
-         f"your {len(own)} labels: the rule agrees with {sum(hits)}" if own else "no label of yours",
-         "share of the 50 that you labelled, times how far you agree beyond a coin"),
-        (30 * min(1.0, beyond(accuracy) / beyond(course_accuracy)), 30,
-         f"your reward model {accuracy:.0%}, the course's {course_accuracy:.0%}", "what yours ranks beyond a coin, over what the course's does"),
-        (10 * (guessed is not ... and str(guessed).strip().upper() == happened), 10,
-         f"you said {'nothing' if guessed is ... else guessed}, it was {happened}", "the hidden gold of your run, foreseen"),
-        (10 * right_diagnoses(diagnosis), 30, f"{right_diagnoses(diagnosis)} of 3 runs named", "10 for each"),
+        (30 * sum(labels.own) / PAIRS * beyond(np.mean(hits) if hits else 0.5), 30, "labels",
+         f"{len(own)} of yours, the rule agrees with {sum(hits)}" if own else "none of yours"),
+        (30 * min(1.0, beyond(accuracy) / beyond(course_accuracy)), 30, "reward model", f"yours {accuracy:.0%}, the course's {course_accuracy:.0%}"),
+        (10 * (str(said).strip().upper() == happened), 10, "gold of your run", f"you said {said}, it was {happened}"),
+        (10 * right_diagnoses(diagnosis), 30, "diagnoses", f"{right_diagnoses(diagnosis)} of 3 right"),
     ]  # fmt: skip
-    table = [dict(points=f"{points:.0f} of {most}", what=what, counted=how) for points, most, what, how in rows]
-    return [*table, dict(points=f"{sum(row[0] for row in rows):.0f} of 100", what="in all", counted="")]
+    table = [dict(what=what, points=f"{points:.0f} of {most}", because=why) for points, most, what, why in rows]
+    return [*table, dict(what="in all", points=f"{sum(row[0] for row in rows):.0f} of 100", because="")]
