@@ -41,7 +41,16 @@ FLOORS = {
         "course.guesses",
         "course.part_exercises",
     ),
-    4: ("course.run_figures", "__main__", "trl_bridge", "course.two_processes", "course.variants", "course.compare", "course.capstone", "dpo"),
+    4: (
+        "course.run_figures",
+        "__main__",
+        "trl_bridge",
+        "course.two_processes",
+        "course.variants",
+        "course.compare",
+        "course.capstone",
+        "dpo",
+    ),
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
 ROOT = Path(rlhf_helpers.__file__).parent
