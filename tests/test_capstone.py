@@ -125,7 +125,7 @@ def test_whoever_always_takes_the_longer_answer_agrees_with_length_alone(capsys)
 def test_only_one_s_own_labels_are_compared_where_there_are_some():
     own = capstone.Labels(capstone.stand_in(PAIRS).letters, (True,) * 4 + (False,) * 46)
     assert capstone.agreement(PAIRS, own)[0]["pairs that differ"] == 4
-    assert capstone.agreement(PAIRS, capstone.stand_in(PAIRS))[0]["pairs that differ"] == 50
+    assert [row["pairs that differ"] for row in capstone.agreement(PAIRS, capstone.stand_in(PAIRS))][:2] == [0, 49]
 
 
 # ---------------------------------------------------------------- runs without their names

@@ -137,10 +137,11 @@ YARDSTICKS = {
 
 
 def agreement(pairs, labels):
-    """Rows of how often the labels name what another would name: the learner's own, or all of them where there are none. A
-    yardstick that sees no difference in a pair says nothing about it."""
-    use = [i for i, mine in enumerate(labels.own) if mine] or list(range(len(pairs)))
-    rows = {"the annotator's choice": [labels.letters[i] == pairs[i].annotator for i in use]}
+    """Rows of how often the labels name what another would name: the learner's own, or all of them where there are none, which
+    says nothing about the annotator then: they are his. A yardstick that sees no difference in a pair says nothing about it."""
+    own = [i for i, mine in enumerate(labels.own) if mine]
+    use = own or list(range(len(pairs)))
+    rows = {"the annotator's choice": [labels.letters[i] == pairs[i].annotator for i in own]}
     for name, of in YARDSTICKS.items():
         rows[name] = same_as(of, pairs, labels, use)
     return [row(name, hits) for name, hits in rows.items()]
@@ -172,10 +173,10 @@ def tell_taste(guess, rows):
 
 def row(name, hits):
     if not hits:
-        return {"your labels against": name, "pairs that differ": 0, "same": "", "95 % interval": ""}
+        return {"labels against": name, "pairs that differ": 0, "same": "", "95 % interval": ""}
     share, (low, high) = mean_interval(hits)
     return {
-        "your labels against": name,
+        "labels against": name,
         "pairs that differ": len(hits),
         "same": f"{share:.0%}",
         "95 % interval": f"{low:.0%} to {high:.0%}",
