@@ -5,6 +5,7 @@ TRL's PPOTrainer expects a reward model that reads the policy's token ids, and a
 share the policy's body. Two small modules stand between: `RewardOnText` and `ValueOnPolicy`."""
 
 import contextlib
+import functools
 import importlib
 import importlib.metadata
 import json
@@ -31,7 +32,7 @@ from transformers.utils import logging as transformers_logging
 
 from rlhf_helpers.config import CPU, project_root
 from rlhf_helpers.data import load_prompts, save_jsonl
-from rlhf_helpers.machine import device_and_dtype, peak_megabytes
+from rlhf_helpers.machine import device_and_dtype, has_fast_bf16, peak_megabytes
 from rlhf_helpers.models import encode_prompt, load_policy, resolve
 from rlhf_helpers.quirks import keep_gradients
 from rlhf_helpers.reward import RewardModel, base_samples, ensure_reward_model
@@ -276,6 +277,25 @@ def train_with_trl(policy, tokenizer, prompts, reward_fn, config, steps, on_step
 # ---------------------------------------------------------------- the reward model
 
 
+@contextlib.contextmanager
+def bf16_products(model):
+    """While this lasts, a classifier's products are taken in bf16 on a CPU that can; its logits are fp32. So does PairwiseTrainer."""
+    forward = model.forward
+
+    @functools.wraps(forward)  # Trainer reads its parameters
+    def cast(*args, **kwargs):
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bf16()):
+            output = forward(*args, **kwargs)
+        output.logits = output.logits.float()
+        return output
+
+    model.forward = cast
+    try:
+        yield
+    finally:
+        del model.forward
+
+
 def train_reward_model_with_trl(pairs, encoder="minilm-l6-v2", epochs=2, batch_size=16, learning_rate=2e-4, seed=0, steps=-1):
     """(RewardModel, log), as `reward.train_reward_model` gives them, by TRL's RewardTrainer; not saved.
 
@@ -317,7 +337,8 @@ def train_reward_model_with_trl(pairs, encoder="minilm-l6-v2", epochs=2, batch_s
             seed=seed,
         )
         trainer = trl_part("RewardTrainer")(model, arguments, train_dataset=Dataset.from_dict(ids), processing_class=tokenizer)
-        train_quietly(trainer)
+        with bf16_products(model):
+            train_quietly(trainer)
     rm.model.eval().requires_grad_(False)
     rm.standardise(*base_samples(pairs))
     return rm, [dict(step=row["step"], loss=float(row["loss"])) for row in trainer.state.log_history if "loss" in row]

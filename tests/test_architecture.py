@@ -34,13 +34,23 @@ FLOORS = {
         "course.exercises",
         "course.runs",
         "course.inspector",
+        "course.capstone_exercises",
         "course.first_exercises",
         "course.more_exercises",
         "course.loop_exercises",
         "course.guesses",
         "course.part_exercises",
     ),
-    4: ("course.run_figures", "__main__", "trl_bridge", "course.two_processes", "course.variants", "course.compare", "dpo"),
+    4: (
+        "course.run_figures",
+        "__main__",
+        "trl_bridge",
+        "course.two_processes",
+        "course.variants",
+        "course.compare",
+        "course.capstone",
+        "dpo",
+    ),
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
 ROOT = Path(rlhf_helpers.__file__).parent
@@ -52,7 +62,8 @@ SAME_FLOOR = {("pairwise", "reward"), ("reward", "pairwise"), ("data", "errors")
               ("fast", "models"), ("models", "shard"), ("fast", "shard"), ("sampling", "shard"), ("assets", "progress"), ("dpo", "trl_bridge"),
               ("course.exercises", "course.first_exercises"),
               ("course.exercises", "course.more_exercises"), ("course.exercises", "course.part_exercises"),
-              ("course.exercises", "course.loop_exercises")}  # fmt: skip
+              ("course.exercises", "course.loop_exercises"), ("course.exercises", "course.capstone_exercises"),
+              ("course.variants", "course.capstone")}  # fmt: skip
 
 
 def imports(path):

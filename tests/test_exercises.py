@@ -166,6 +166,28 @@ WRONG = {
         ("lambda first, second: (first + second) / 2", "outvote"),
         ("lambda first, second: torch.cat([first, second]).min()", "one number for the whole batch"),
     ],
+    "check_pairs_for_half": [("2 * 198", "shrinks with the root"), ("99", "fewer pairs, a wider interval")],
+    "check_diagnosis": [
+        ("dict(A='healthy', B='bug', C='misled')", "A is not healthy"),
+        ("dict(A='misled', B='healthy', C='bug')", "B is not healthy"),
+        ("dict(A='misled', B='ill', C='bug')", "B is 'ill'; expected"),
+        ("dict(A='misled', B=..., C='bug')", "B has no answer yet"),
+        ("'misled'", "expected diagnosis = dict("),
+        ("dict(A='bug', B='hacked', C='Healthy ')", "B is not misled"),
+    ],
+    "check_place_score": [
+        ("lambda penalties, score: [p + score for p in penalties]", "paid for its length"),
+        ("lambda penalties, score: [penalties[0] + score, *penalties[1:]]", "that is the bug"),
+        ("lambda penalties, score: [*penalties[:-1], score]", "add the score to it"),
+    ],
+    "check_one_setting": [
+        ("CPU.ppo_config(init_kl_coef=0.0, kl_budget=None, gradient_accumulation_steps=1, learning_rate=1e-4)", "only later"),
+        ("CPU.ppo_config(init_kl_coef=0.1, kl_budget=9.0, gradient_accumulation_steps=1)", "change one"),
+        ("CPU.ppo_config(init_kl_coef=0.001, kl_budget=None, gradient_accumulation_steps=1)", "50 nats would still be bought"),
+        ("CPU.ppo_config(init_kl_coef=2.0, kl_budget=None, gradient_accumulation_steps=1)", "hardly move"),
+        ("CPU.ppo_config(init_kl_coef=0.0, kl_budget=100.0, gradient_accumulation_steps=1)", "far beyond"),
+        ("CPU.ppo_config(init_kl_coef=0.0, kl_budget=None, gradient_accumulation_steps=1)", "that is the misled run's config"),
+    ],
 }  # fmt: skip
 
 CHECKS = {name: check for name, check in inspect.getmembers(exercises, inspect.isfunction) if name.startswith("check_")}

@@ -158,7 +158,7 @@ def test_they_ask_about_earlier_notebooks_in_sections_that_exist():
         assert any(heading.startswith(section) for heading in headings[where]), (notebook, where, section)
 
 
-@pages.each_in_new_form
+@pages.each_notebook
 def test_the_page_asks_what_the_table_says(notebook):
     number = notebook.name[:2]
     if number not in recall.QUESTIONS:

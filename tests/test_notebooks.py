@@ -26,12 +26,6 @@ ABSOLUTE = re.compile(r"(?<![\w./~])/(?:home|root|tmp|work|mnt|var|Users)/|\b[A-
 TOKEN = re.compile(r"\b(?:hf_\w{20,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|sk-[\w-]{20,}|AKIA[0-9A-Z]{16})")
 
 each_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-# Two notebooks still have the first edition's form. Once they are written again, the strict marks say so.
-FIRST_FORM = ("06_trl_and_scaling", "07_reward_hacking")
-waits = pytest.mark.xfail(strict=True, reason="has no strip, questions, guesses and minutes yet")
-each_in_new_form = pytest.mark.parametrize(
-    "notebook", [pytest.param(path, id=path.stem, marks=waits if path.stem in FIRST_FORM else ()) for path in NOTEBOOKS]
-)
 
 
 def cells(notebook, kind=None):
@@ -186,13 +180,13 @@ def test_there_are_2_to_4_exercises_with_a_folded_solution_after_each(notebook):
     assert headings == [str(n) for n in range(1, len(found) + 1)]
 
 
-@each_in_new_form
+@each_notebook
 def test_each_exercise_says_how_long_it_takes_and_how_hard_it_is(notebook):
     for exercise in re.split(r"^### Exercise ", markdown(notebook), flags=re.MULTILINE)[1:]:
         assert re.search(r"\(\d+ minutes, (?:easy|medium|hard)\)", exercise.split("<details>")[0]), exercise[:60]
 
 
-@each_in_new_form
+@each_notebook
 def test_two_or_three_guesses_are_recorded_and_each_is_set_beside_what_came_out(notebook):
     """More in a notebook that has more to ask. A guess is left open on the stored page, and its cell comes before the result."""
     open_, answered = [], []

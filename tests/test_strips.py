@@ -41,7 +41,7 @@ def test_its_parts_are_those_of_the_large_drawing():
     assert [part for part in strips.BOXES if part not in large] == []
 
 
-@pages.each_in_new_form
+@pages.each_notebook
 def test_each_notebook_shows_its_own_at_the_top(notebook):
     (_, first), *_ = pages.cells(notebook)
     assert first["source"].split("\n\n")[2] == strips.markdown(notebook.name[:2])

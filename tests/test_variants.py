@@ -142,3 +142,26 @@ def test_small_reward_models_get_as_many_steps_as_600_pairs_take(monkeypatch):
         "pairs_300_seed1": (300, 5),
         "pairs_600_seed1": (600, 2),
     }
+
+
+def test_a_score_on_the_first_token_tells_the_later_ones_nothing():
+    config = PPOConfig(batch_size=4, mini_batch_size=4, init_kl_coef=0.5, lam=1.0)
+    rollout = rollout_with_logprobs()
+    _, right = gae_advantages(rollout, config)
+    _, misplaced = variants.score_on_the_first_token(rollout, config)
+    scores = (rollout.rewards - rollout.non_score_rewards).sum(1)
+    first, later = rollout.mask.clone(), rollout.mask.clone()
+    first[:, 1:], later[:, 0] = False, False
+    torch.testing.assert_close(misplaced[first], right[first])  # what is earned in all is the same
+    expected = torch.where(later, right - scores[:, None], 0.0)
+    torch.testing.assert_close(torch.where(later, misplaced, 0.0), expected)
+    found, _ = variants.score_on_the_first_token(rollout, config)
+    assert found[rollout.mask].mean().item() == pytest.approx(0, abs=1e-6)  # whitened as always
+
+
+def test_the_capstone_s_reward_model_learns_from_the_annotator_s_labels_of_its_50_pairs(monkeypatch):
+    monkeypatch.setattr(variants, "kept", lambda name, pairs, seed, **options: (name, pairs, seed, options))
+    pairs = variants.capstone.pairs_to_label()
+    assert variants.reward_named("labelled", 7) == (
+        "labelled", variants.capstone.stand_in(pairs).preferences(pairs), 0, variants.capstone.TRAINING,
+    )  # fmt: skip

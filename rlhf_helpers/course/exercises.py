@@ -3,6 +3,7 @@
 import math
 
 from rlhf_helpers.config import CPU
+from rlhf_helpers.course.capstone_exercises import *  # noqa: F403 (notebook 09)
 from rlhf_helpers.course.first_exercises import check_leave_one_out, check_mean_under_new  # noqa: F401 (notebook 00)
 from rlhf_helpers.course.grading import function, not_a_config, number, same, say
 from rlhf_helpers.course.loop_exercises import check_own_advantages, trained_with  # noqa: F401 (05)

@@ -113,6 +113,14 @@ SAMPLERS = {  # "exact" is the headline's
 
 ENSEMBLES = {f"{how}_of_five": dict(reward=f"ensemble_{how}", minutes=10) for how in ("mean", "min")}
 
+# The blind runs of notebook 09; the healthy one is a headline run. "labelled" is a reward model from 50 pairs.
+CAPSTONE = {
+    "fifty_pairs_no_price": dict(
+        reward="labelled", settings=dict(init_kl_coef=0.0, kl_budget=None, gradient_accumulation_steps=1), steps=24
+    ),
+    "score_on_the_first_token": dict(advantages="score_on_the_first_token", steps=20),
+}
+
 EXPERIMENTS = {
     "base": [Run("base", "dev", 0, split="dev", samples=16, minutes=3), Run("base", "test", 0, samples=16, minutes=6)],
     "recipes": [
@@ -130,4 +138,5 @@ EXPERIMENTS = {
     "sizes": each("sizes", SIZES, range(3)),
     "ensembles": each("ensembles", ENSEMBLES, range(3)),
     "samplers": each("samplers", SAMPLERS, range(3)),
+    "capstone": each("capstone", CAPSTONE, [0]),
 }

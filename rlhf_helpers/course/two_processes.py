@@ -1,6 +1,7 @@
-"""What each process of notebook 06's proof runs: two PPO steps of a tiny model in fp32, on its share of fixed responses.
+"""What each process of notebook 06's proofs runs: two PPO steps of a tiny model in fp32, on its share of fixed responses.
 
-`python -m rlhf_helpers.course.two_processes FILE`, by itself or under `accelerate launch`, writes the trained weights to FILE."""
+`python -m rlhf_helpers.course.two_processes FILE`, by itself or under `accelerate launch`, writes the trained weights to FILE.
+With `--shard` behind it each process holds a slice of the base instead of a copy."""
 
 import sys
 
@@ -11,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_helpers.config import CPU, PPOConfig
 from rlhf_helpers.models import load_tokenizer, with_adapters
+from rlhf_helpers.shard import shard
 from rlhf_helpers.trainer import PPOTrainer
 
 WORDS, BATCH = 128, 4
@@ -35,7 +37,7 @@ def batch(seed):
     return ids(2, 5, 3, 4), ids(6, 3, 8, 5), [1.0, -1.0, 0.5, -0.2]
 
 
-def trained(steps=2):
+def trained(steps=2, sharded=False):
     """The trainer after some steps of two epochs, with accumulation and clipping, each on this process's rows of the batch."""
     processes = PartialState(cpu=True)
     size, first = BATCH // processes.num_processes, processes.process_index * BATCH // processes.num_processes
@@ -47,15 +49,16 @@ def trained(steps=2):
         learning_rate=1e-3,
         max_grad_norm=0.5,
     )
-    trainer = PPOTrainer(config, tiny_policy(), tokenizer=load_tokenizer(CPU.model))
+    policy = shard(tiny_policy()) if sharded else tiny_policy()
+    trainer = PPOTrainer(config, policy, tokenizer=load_tokenizer(CPU.model))
     for step in range(steps):
         trainer.step(*(part[first : first + size] for part in batch(step)))
     return trainer
 
 
-def main(file):
+def main(file, *options):
     torch.set_num_threads(1)
-    trainer = trained()
+    trainer = trained(sharded="--shard" in options)
     if trainer.accelerator.is_main_process:
         save_file({name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}, file)
     trainer.accelerator.wait_for_everyone()
@@ -63,4 +66,4 @@ def main(file):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

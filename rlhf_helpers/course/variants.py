@@ -7,6 +7,7 @@ import torch
 
 from rlhf_helpers import advantages, fast, ppo
 from rlhf_helpers.config import DATA_FILE, project_root
+from rlhf_helpers.course import capstone
 from rlhf_helpers.data import load_preferences
 from rlhf_helpers.files import find_whole
 from rlhf_helpers.reward import RewardModel, base_samples, ensure_reward_model, train_reward_model
@@ -41,8 +42,20 @@ def truncated(rollout, config, total=ppo.alone, most=2.0):
     return torch.where(rollout.mask, found * weights, 0.0), returns
 
 
+def score_on_the_first_token(rollout, config, total=ppo.alone):
+    """GAE, whitened, with a bug: the score stands on the first token of a response, where it tells the later ones nothing."""
+    misplaced = rollout.non_score_rewards.clone()
+    misplaced[:, 0] += (rollout.rewards - rollout.non_score_rewards).sum(1)
+    raw, returns = ppo.gae(misplaced, rollout.values, rollout.mask, config.gamma, config.lam)
+    return ppo.whiten(raw, rollout.mask, total=total), returns
+
+
 ADVANTAGES = advantages.ADVANTAGES | dict(
-    gae=gae_advantages, unwhitened=unwhitened, k3_in_the_loss=k3_in_the_loss, truncated=truncated
+    gae=gae_advantages,
+    unwhitened=unwhitened,
+    k3_in_the_loss=k3_in_the_loss,
+    truncated=truncated,
+    score_on_the_first_token=score_on_the_first_token,
 )
 
 
@@ -163,10 +176,14 @@ def kept(name, pairs, seed, **options):
 
 
 def reward_named(name, seed):
-    """The reward function of a run: "model" (the course's), "random", "pairs_N", "ensemble_mean", "ensemble_min"."""
+    """The reward function of a run: "model" (the course's), "random", "labelled" (the capstone's, from 50 pairs), "pairs_N",
+    "ensemble_mean", "ensemble_min"."""
     if name == "random":  # placebo: as spread as the reward model's scores are, and about nothing
         generator = torch.Generator().manual_seed(seed)
         return lambda prompts, responses: torch.randn(len(prompts), generator=generator)
+    if name == "labelled":
+        pairs = capstone.pairs_to_label()
+        return kept("labelled", capstone.stand_in(pairs).preferences(pairs), 0, **capstone.TRAINING)
     if name.startswith("pairs_"):
         return small_reward_model(int(name.removeprefix("pairs_")), seed)
     if name.startswith("ensemble_"):

@@ -1,0 +1,167 @@
+"""The exercise checks of notebook 09, and how its labels are read: a tick, or a cross with what the answer overlooks. None raises."""
+
+from dataclasses import asdict, fields
+
+from rlhf_helpers.config import CPU
+from rlhf_helpers.course.grading import function, not_a_config, number, say, shown
+
+__all__ = ["check_diagnosis", "check_one_setting", "check_pairs_for_half", "check_place_score"]
+
+BLOCK = 10  # pairs on one screen
+KEY = {"A": "misled", "B": "bug", "C": "healthy"}  # what the blind runs are
+
+# {what a run is: {what a learner may take it for: what that overlooks}}
+LESSONS = {
+    "healthy": {
+        "misled": "its KL stays near the budget of 9, and each text is about its own prompt. What would you want that it does not do?",
+        "bug": "a bug would have to show somewhere: here score, KL, length and the share of finished answers all move as in notebook 05",
+    },
+    "misled": {
+        "healthy": "its score rises and its answers end, and nothing held it: hold its KL against the budget of 9 nats, and ask whether its last texts are what the annotator likes, or only short",
+        "bug": "it does what it was told: it is paid more and more. What it is told is wrong, which no line of the code can show",
+    },
+    "bug": {
+        "healthy": "its score at the end is about where it began, though its KL says that the weights moved. A run that learns is paid more",
+        "misled": "a misled run is paid for what it does. This one is not: its score has hardly moved",
+    },
+}
+
+
+def letters_of(labels, block):
+    """(letters, what is wrong with them or None): the learner's letters for a block of ten pairs, a, b or . each, in small letters
+    and without white space; none for nothing, or for what cannot be read."""
+    first = BLOCK * (block - 1) + 1
+    where, wanted = f"labels[{block}]", "a, b, or . for a pair that you leave out"
+    if labels is ... or labels is None:
+        return "", None
+    if isinstance(labels, (list, tuple)) and all(isinstance(letter, str) for letter in labels):
+        labels = "".join(labels)
+    if not isinstance(labels, str):
+        return "", f'{where} is {shown(labels)}; expected a string of {BLOCK} letters, such as "abbab.baab"'
+    letters = "".join(labels.split()).lower()
+    for place, letter in enumerate(letters):
+        if letter not in "ab.":
+            return "", f"{where} has {letter!r} for pair {first + place}; expected {wanted}"
+    if letters and len(letters) != BLOCK:
+        return (
+            "",
+            f"{where} has {len(letters)} letters; expected {BLOCK}, one for each of the pairs {first} to {first + BLOCK - 1}: {wanted}",
+        )
+    return letters, None
+
+
+def check_pairs_for_half(answer):
+    """How many held-out pairs make the interval of 198 half as wide."""
+    hints = [
+        (2 * 198, "twice as many pairs make it 1 / sqrt(2) as wide, 0.7; it shrinks with the root of their number"),
+        (198 / 4, "the other way round: fewer pairs, a wider interval"),
+        (198 / 2, "the other way round: fewer pairs, a wider interval"),
+        (198 * 2**0.5, "the root is on the other side: the width goes with 1 / sqrt(n)"),
+        (3 * 198, "that many more; in all it is four times 198"),
+    ]
+    number(answer, 4 * 198, hints, praise="4 x 198 = 792: half the width costs four times the pairs")
+
+
+def check_diagnosis(answer):
+    """{"A": ..., "B": ..., "C": ...}, each "healthy", "misled" (or "hacked") or "bug"."""
+    given, wrong = read_diagnosis(answer)
+    if wrong:
+        return say(False, wrong)
+    lines = [
+        f"{letter} is not {given[letter]}: {LESSONS[truth][given[letter]]}"
+        for letter, truth in KEY.items()
+        if given[letter] != truth
+    ]
+    if not lines:
+        return say(True, "all three, from curves and texts alone")
+    say(False, f"{len(KEY) - len(lines)} of {len(KEY)} right\n" + "\n".join(f"  {line}" for line in lines))
+
+
+def read_diagnosis(answer):
+    """(diagnosis by letter, what is wrong with it or None)."""
+    if answer is ... or (type(answer) is dict and answer and all(value is ... for value in answer.values())):
+        return {}, "no answer yet: put healthy, misled or bug, in quotes, where the dots are"
+    if type(answer) is not dict or set(map(str, answer)) != set(KEY):
+        return {}, 'expected diagnosis = dict(A="...", B="...", C="...")'
+    given = {letter: value.strip().lower() if isinstance(value, str) else value for letter, value in answer.items()}
+    given = {letter: "misled" if isinstance(value, str) and value == "hacked" else value for letter, value in given.items()}
+    for letter, value in given.items():
+        if value is ...:
+            return {}, f"{letter} has no answer yet"
+        if not isinstance(value, str) or value not in LESSONS:
+            return {}, f'{letter} is {shown(value)}; expected "healthy", "misled" or "bug"'
+    return given, None
+
+
+def right_diagnoses(answer):
+    """How many of the three are right; 0 for what cannot be read."""
+    given, _ = read_diagnosis(answer)
+    return sum(given.get(letter) == truth for letter, truth in KEY.items())
+
+
+def check_place_score(answer):
+    """A function (penalties, score) -> the rewards of a response's tokens, given what each pays for KL, and its score."""
+    cases = [
+        (([0.0, -0.1, -0.2, 0.05], 1.5), [0.0, -0.1, -0.2, 1.55]),
+        (([-0.3, -0.1], -2.0), [-0.3, -2.1]),
+        (([0.0], 0.7), [0.7]),
+    ]
+    hints = [
+        (lambda penalties, score: [penalties[0] + score, *penalties[1:]], "on the first token: that is the bug. Later tokens then earn nothing from it"),
+        (lambda penalties, score: [p + score for p in penalties], "on every token: a long answer would be paid for its length"),
+        (lambda penalties, score: [p + score / len(penalties) for p in penalties], "spread over all tokens: the sum is right, but what the last tokens did is then paid less than what the first did"),
+        (lambda penalties, score: [*penalties[:-1], score], "the last token has a price on KL, too: add the score to it"),
+        (lambda penalties, score: [*penalties, score], "one token too many: the score is added to the last one"),
+        (lambda penalties, score: [*penalties[:-1], penalties[-1] - score], "the sign: a score is earned, not paid"),
+        (lambda penalties, score: penalties[-1] + score, "that is the last token's reward alone; every token has one"),
+    ]  # fmt: skip
+    function(answer, cases, hints, praise="on the last token: what came before it can still earn it")
+
+
+MISLED = CPU.ppo_config(init_kl_coef=0.0, kl_budget=None, gradient_accumulation_steps=1)
+ALONE = {  # a setting that was changed alone, and what it does
+    "learning_rate": "a smaller rate goes the same way, only later: nothing calls it back",
+    "seed": "another seed takes another path to the same place",
+    "temperature": "that changes how it samples, not what it is paid for",
+    "gradient_accumulation_steps": "half as many updates a batch go the same way, only later",
+    "ppo_epochs": "fewer or more updates a batch change the pace, not the aim",
+    "batch_size": "more answers a step make the gradient less noisy, and its aim is the same",
+    "max_grad_norm": "a shorter step goes the same way, only later",
+    "cliprange": "the clip holds a step near the step before it, not near the reference",
+    "score_clip": "that bounds the score of one answer, and answers just below the bound are still followed",
+    "target": "the controller that has a target is off (adap_kl_ctrl), and its price starts at 0",
+}
+
+
+def check_one_setting(answer):
+    """A PPOConfig that differs from the misled run's in one setting, one that holds the policy near the reference."""
+    if wrong := not_a_config(answer):
+        return say(False, wrong)
+    before, after = asdict(MISLED), asdict(answer)
+    changed = [field.name for field in fields(answer) if before[field.name] != after[field.name]]
+    if not changed:
+        return say(False, "that is the misled run's config; change one setting of it")
+    if len(changed) > 1:
+        return say(
+            False,
+            f"{len(changed)} settings differ from the misled run's ({', '.join(changed)}); change one, or you will not know which helped",
+        )
+    (name,) = changed
+    value = after[name]
+    if name == "init_kl_coef":
+        if value < 0.02:
+            return say(
+                False,
+                f"at a price of {value:g} a nat costs {value:g} deviations of the score: 50 nats would still be bought for less than one",
+            )
+        if value > 0.5:
+            return say(False, f"at a price of {value:g} two nats cost a whole deviation: it will hardly move at all")
+        return say(True, f"a price of {value:g}: {1 / value:.0f} nats cost one deviation of the score")
+    if name == "kl_budget":
+        if not 2 <= value <= 25:
+            return say(
+                False,
+                f"a budget of {value:g} nats {'ends the run before it has learnt' if value < 2 else 'is spent far beyond what the reward model has read'}",
+            )
+        return say(True, f"a budget of {value:g} nats: the run ends there, wherever it is going")
+    say(False, f"{name}: {ALONE.get(name, 'that does not hold the policy near the reference')}")
