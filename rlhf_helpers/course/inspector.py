@@ -30,7 +30,8 @@ SIGNALS = {  # key: (name on the page, what it is)
 def frame(rollout, tokenizer, label="", likeliest=None, after=None):
     """A dict of what the page shows of a Rollout, which JSON can hold. `likeliest` comes from `likeliest_tokens`; `after` are the
     log-probs (B, T) of the same tokens after the update, where they are known."""
-    pick = lambda tensor, row: [short(x) for x in tensor[row][rollout.mask[row]].tolist()]
+    mask = rollout.mask.cpu()
+    pick = lambda tensor, row: [short(x) for x in tensor[row][mask[row]].tolist()]
     columns = {
         "logprob": rollout.logprobs,
         "ref": rollout.ref_logprobs,
