@@ -200,6 +200,18 @@ class Capture(TorchDispatchMode):
         return result
 
 
+class IsGenerator(type(torch.Generator)):
+    def __instancecheck__(cls, thing):
+        return isinstance(thing, cls.__base__)
+
+
+class Generator(torch.Generator, metaclass=IsGenerator):
+    """`torch.Generator`, which on a card would be another kind of one."""
+
+    def __new__(cls, device="cpu"):
+        return super().__new__(cls, "cpu" if means_card(device) else device)
+
+
 def card_functions(capability, gigabytes=16):
     """What is asked of `torch.cuda`. Memory is what the listed storages hold now: no peak is known."""
     held = lambda *_: sum(
@@ -226,8 +238,8 @@ def card_functions(capability, gigabytes=16):
         is_bf16_supported=constant(capability >= (8, 0)),
         get_device_name=constant(about["name"]),
         get_device_properties=constant(SimpleNamespace(**about)),
-        get_rng_state=lambda *_: torch.zeros(16, dtype=torch.uint8),
-        get_rng_state_all=lambda: [torch.zeros(16, dtype=torch.uint8)],
+        get_rng_state=lambda *_: torch.Generator().get_state(),
+        get_rng_state_all=lambda: [torch.Generator().get_state()],
         CUDAGraph=Graph,
         graph=Capture,
         mem_get_info=constant((gigabytes * 2**30, gigabytes * 2**30)),
@@ -246,7 +258,7 @@ class PretendedCard:
         _device_constructors()  # torch keeps a list of the functions that are about to be replaced
         self.contexts = (
             mock.patch.multiple(torch.Tensor, **tensor_methods()),
-            mock.patch.multiple(torch, **{name: makes(getattr(torch, name)) for name in FACTORIES.split()}),
+            mock.patch.multiple(torch, **{name: makes(getattr(torch, name)) for name in FACTORIES.split()}, Generator=Generator),
             mock.patch.multiple(torch.cuda, **card_functions(capability)),
             # a build with CUDA would ask the driver; one without knows of no accelerator
             mock.patch.object(torch.accelerator, "current_accelerator", lambda check_available=False: None),

@@ -88,14 +88,16 @@ def on_the_card(*arguments, **variables):
 
 def test_the_trainer_trains_on_the_card(llama_folder, tmp_path):
     code = f"""
+from rlhf_helpers.course import inspector
 from tests import test_cuda
 trainer = test_cuda.make_trainer({str(llama_folder)!r})
 queries, responses, scores = test_cuda.tiny.batch()
 stats = trainer.step(queries, trainer.generate(queries), scores)
-print(trainer.rollout.advantages.device, stats["ppo/policy/first_ratio_error"], stats["objective/kl"])
+rows = inspector.frame(trainer.rollout, trainer.tokenizer)["rows"]
+print(len(rows), trainer.rollout.advantages.device, stats["ppo/policy/first_ratio_error"], stats["objective/kl"])
 """
     (tmp_path / "one_step.py").write_text(code, encoding="utf-8")
-    assert on_the_card("one_step", PYTHONPATH=str(tmp_path)).split()[-3:] == ["cuda:0", "0.0", "0.0"]
+    assert on_the_card("one_step", PYTHONPATH=str(tmp_path)).split()[-4:] == ["4", "cuda:0", "0.0", "0.0"]
 
 
 @pytest.mark.slow
