@@ -13,6 +13,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.t
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 PYTEST := $(PY) -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
 MODELS := $(foreach name,smollm2-135m-instruct minilm-l6-v2,output/models/$(name)/config.json)
+REWARD_MODEL := output/reward_model_pairwise/config.json
 
 .PHONY: help run test test-fast test-all lint format lab site check constraints notebooks address clean
 
@@ -39,13 +40,13 @@ lab: $(VENV)/.lab
 site: $(VENV)/.site
 	$(PY) -m tools.make_site $(ARGS)
 
-test: lint $(MODELS)
+test: lint $(MODELS) $(REWARD_MODEL)
 	$(PYTEST) $(ARGS)
 
 test-fast: $(VENV)/.test
 	$(PYTEST) tests -m "not slow and not browser" $(ARGS)
 
-test-all: lint $(VENV)/.all $(MODELS)
+test-all: lint $(VENV)/.all $(MODELS) $(REWARD_MODEL)
 	$(PYTEST) -m "slow or not slow" $(ARGS)
 
 lint: $(VENV)/.test
@@ -59,6 +60,9 @@ format: $(VENV)/.test
 # Once, before tests that run at the same time want them.
 output/models/%/config.json: | $(VENV)/.core
 	$(PY) -c 'from rlhf_helpers.assets import ensure_model; ensure_model("$*")'
+
+$(REWARD_MODEL): | $(MODELS)
+	$(PY) -c 'from rlhf_helpers.reward import ensure_reward_model; ensure_reward_model()'
 
 # ---- set-up: a stamp for each group of packages, made again when the lists change
 

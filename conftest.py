@@ -1,5 +1,5 @@
 """How tests run: on the CPU, whose numbers they know, and on a CUDA card just those that are asked for with `-m cuda`.
-Notebooks make fewer PPO steps (RLHF_FAST=1), and stop at their first crash. `make test` runs two files at a time, long ones
+Notebooks make fewer steps (RLHF_FAST=1), and stop at their first crash. `make test` runs two files at a time, long ones
 first; each has its share of the cores."""
 
 import os
@@ -14,8 +14,8 @@ except ImportError:  # Windows: one file at a time
     fcntl = None
 
 REWARD_MODEL = Path(__file__).resolve().parent / "output" / "reward_model_pairwise"
-# So that no core waits, at the beginning (02 trains the reward model that other notebooks read) or at the end.
-FIRST = ("02_", "test_script", "test_processes", "test_shard", "test_browser", "0")
+# The longest first, so that no core waits at the end.
+FIRST = ("06_", "05_", "08_", "02_", "test_processes", "04_", "09_", "07_", "test_script", "0", "test_browser", "test_shard")
 
 
 def pytest_configure(config):
@@ -41,13 +41,12 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    """While a notebook trains the course's reward model, no other test reads it, in this process or in another."""
-    cell = type(item).__name__ == "IPyNbCell"
-    trains = cell and "train_reward_model(" in item.cell.source or item.name.startswith("test_the_notebooks_run_on_the_card")
-    if fcntl is None or not (trains or cell or item.get_closest_marker("browser")):
+    """Where the course's reward model is missing (`make test` makes it first), one notebook makes it, and others wait for it."""
+    reads = type(item).__name__ == "IPyNbCell" or item.get_closest_marker("browser")
+    if fcntl is None or REWARD_MODEL.exists() or not reads:
         return (yield)
     with open(__file__) as file:  # any file will do
-        fcntl.flock(file, fcntl.LOCK_EX if trains or not REWARD_MODEL.exists() else fcntl.LOCK_SH)
+        fcntl.flock(file, fcntl.LOCK_EX)
         return (yield)
 
 

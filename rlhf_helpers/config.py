@@ -121,8 +121,8 @@ class PPOConfig:
 
 
 def steps_of_this_run(full, fast):
-    """How many PPO steps a notebook makes: `full`, or `fast` where RLHF_FAST=1 is set, as it is when notebooks run as tests.
-    It is the only thing that the short setting changes."""
+    """What a notebook takes of steps, prompts or pairs: `full`, or `fast` where RLHF_FAST=1 is set, as it is when notebooks run as
+    tests. It is the only thing that the short setting changes."""
     return fast if os.environ.get("RLHF_FAST") == "1" else full
 
 

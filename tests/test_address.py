@@ -22,7 +22,9 @@ def copy(tmp_path):
     """What names the address, in a copy of the repository."""
     root = tmp_path / "copy"
     shutil.copytree(
-        ROOT, root, ignore=shutil.ignore_patterns(".git", ".venv", "output", ".whl", ".w?", "runs", "*.png", "*.egg-info")
+        ROOT,
+        root,
+        ignore=shutil.ignore_patterns(".git", ".venv", "output", "build", ".whl", ".w?", "runs", "*.png", "*.egg-info"),
     )
     return root
 

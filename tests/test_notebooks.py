@@ -188,18 +188,21 @@ def test_each_exercise_says_how_long_it_takes_and_how_hard_it_is(notebook):
 
 @each_notebook
 def test_two_or_three_guesses_are_recorded_and_each_is_set_beside_what_came_out(notebook):
-    """More in a notebook that has more to ask. A guess is left open on the stored page, and its cell comes before the result."""
-    open_, answered = [], []
+    """More in a notebook that has more to ask. A guess is left open on the stored page, and its cell comes before the result. Where
+    a result waits for the end of the page, the guess has a name of its own."""
+    asked, told = {}, {}
     for i, cell in cells(notebook, "code"):
-        asked = re.findall(r"^guess = \.\.\.", cell["source"], re.MULTILINE)
-        told = re.findall(r"^ *guesses\.(?:number|choice)\(guess\b", cell["source"], re.MULTILINE)
-        assert not (asked and told), f"cell {i}: the result would stand in the same cell as the guess"
-        open_ += [i] * len(asked)
-        answered += [i] * len(told)
-    assert 2 <= len(open_) == len(answered) <= 5
-    assert all(asked < told for asked, told in zip(open_, answered)) and all(
-        told < asked for told, asked in zip(answered, open_[1:])
-    )
+        for name in re.findall(r"^(\w*guess) = \.\.\.", cell["source"], re.MULTILINE):
+            asked.setdefault(name, []).append(i)
+        for name in re.findall(
+            r"^ *(?:guesses\.(?:number|choice)|capstone\.tell_taste)\((\w*guess)\b", cell["source"], re.MULTILINE
+        ):
+            told.setdefault(name, []).append(i)
+    assert asked.keys() == told.keys() and 2 <= sum(map(len, asked.values())) <= 5
+    for name in asked:  # asked, told, asked, told, each in a cell of its own
+        assert len(asked[name]) == len(told[name])
+        both = [i for pair in zip(asked[name], told[name]) for i in pair]
+        assert both == sorted(set(both)), name
 
 
 @each_notebook

@@ -119,6 +119,7 @@ def test_only_the_last_evaluation_of_an_experiment_opens_the_test_prompts():
         "data/make_preferences.py",  # samples base answers to them, for the pairs that judge the reward model
         "rlhf_helpers/config.py",  # names the file
         "rlhf_helpers/course/runs.py",  # names it for the last evaluation of a run, and for reading what was written
+        "tests/test_capstone.py",  # sees that a learner labels none of them
         "tests/test_compare.py",  # writes two prompts of its own under this name, in a folder of its own
         "tests/test_gold.py",
         "tests/test_setup.py",

@@ -5,6 +5,7 @@ Nothing is run: the outputs are those that the notebooks store. nbconvert render
 become MathML, which browsers draw by themselves; so a page asks no other host for anything. A page lies where its source lies in
 the repository, which keeps links between pages; a link to a file that is no page goes to the repository's address."""
 
+import argparse
 import base64
 import io
 import re
@@ -342,7 +343,9 @@ def style(symbols):
 
 
 def main(arguments):
-    folder = Path(arguments[0]) if arguments else ROOT / "build" / "site"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "build" / "site", help="where the site is built")
+    folder = parser.parse_args(arguments).folder
     try:
         pages = build(folder)
     except ValueError as error:

@@ -3,6 +3,7 @@
 The stored outputs are those of a full run (RLHF_FAST is unset). Metadata that differs from run to run is left out, tags stay.
 A notebook that fails is left as it was. Prints minutes, and the peak memory of the kernel, for the headers and the README."""
 
+import argparse
 import os
 import sys
 import time
@@ -40,10 +41,13 @@ def run(path):
           + (f", stderr in cells {stderr}" if stderr else ""), flush=True)  # fmt: skip
 
 
-def main(paths):
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("notebooks", nargs="*", type=Path, help="all, if none is named")
+    paths = parser.parse_args().notebooks
     os.environ.pop("RLHF_FAST", None)
     failed = 0
-    for path in sorted(map(Path, paths)) or sorted(FOLDER.glob("0*.ipynb")):
+    for path in sorted(paths) or sorted(FOLDER.glob("0*.ipynb")):
         try:
             run(path)
         except CellExecutionError as error:
@@ -53,4 +57,4 @@ def main(paths):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
