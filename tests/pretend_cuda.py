@@ -258,7 +258,9 @@ class PretendedCard:
         _device_constructors()  # torch keeps a list of the functions that are about to be replaced
         self.contexts = (
             mock.patch.multiple(torch.Tensor, **tensor_methods()),
-            mock.patch.multiple(torch, **{name: makes(getattr(torch, name)) for name in FACTORIES.split()}, Generator=Generator),
+            mock.patch.multiple(
+                torch, **{name: makes(getattr(torch, name)) for name in FACTORIES.split()}, Generator=Generator
+            ),
             mock.patch.multiple(torch.cuda, **card_functions(capability)),
             # a build with CUDA would ask the driver; one without knows of no accelerator
             mock.patch.object(torch.accelerator, "current_accelerator", lambda check_available=False: None),

@@ -15,7 +15,7 @@ from tests import tiny
 from tests.test_notebooks import NOTEBOOKS, cells, markdown
 
 WORD = "profile = CPU  # GPU: Mistral-7B, on a card of 16 GB"
-LOADS = re.compile(r"\b(?:load_policy|load_causal_lm|from_pretrained)\(")
+LOADS = re.compile(r"\b(?:load_policy|load_causal_lm|AutoModelForCausalLM\.from_pretrained)\(")
 PAGES = [path for path in NOTEBOOKS if any(LOADS.search(cell["source"]) for _, cell in cells(path, "code"))]
 # Language models in memory at once, at most; the runs on the pretended card count them.
 AT_ONCE = {"01": 3, "03": 1, "04": 2, "05": 3, "06": 2, "07": 1, "08": 2, "09": 1}
@@ -48,7 +48,9 @@ def test_every_cell_asks_the_profile(page):
 
 
 def test_the_head_of_every_page_says_the_same_about_a_card():
-    said = {re.search(r"^\*\*On a card:.*?(?=\n\n|\Z)", cells(page)[0][1]["source"], re.MULTILINE | re.DOTALL)[0] for page in PAGES}
+    said = {
+        re.search(r"^\*\*On a card:.*?(?=\n\n|\Z)", cells(page)[0][1]["source"], re.MULTILINE | re.DOTALL)[0] for page in PAGES
+    }
     assert len(said) == 1
     (words,) = said
     assert "Outputs and figures quoted are those of the CPU profile" in words and "was not timed" in words
