@@ -5,6 +5,7 @@ that a kill costs one run, and the next call goes on with what is missing. `--li
     python data/make_runs.py --all                    everything that is missing, in this order
     python data/make_runs.py --only headline prices   these experiments
     python data/make_runs.py --only headline --seeds 0 1
+    python data/make_runs.py --only advantages --conditions leave_one_out group_normalised
     OMP_NUM_THREADS=1 python data/make_runs.py --all --part 1/2     every other run; and --part 2/2 beside it
 
 Two processes of one thread each make a step in 15 seconds, together one in 7.5; one process of two threads needs 9 for one (two slow
@@ -126,9 +127,13 @@ def main():
     parser.add_argument("--list", action="store_true", help="say what is missing")
     parser.add_argument("--only", nargs="+", metavar="EXPERIMENT", choices=list(EXPERIMENTS))
     parser.add_argument("--seeds", nargs="+", type=int)
+    parser.add_argument("--conditions", nargs="+", metavar="CONDITION", help="of the experiments named, these alone")
     parser.add_argument("--part", type=part, default=(1, 1), metavar="K/N", help="every N-th run, from the K-th on")
     options = parser.parse_args()
     names = options.only or list(EXPERIMENTS)
+    known = list(dict.fromkeys(run.condition for name in names for run in EXPERIMENTS[name]))
+    if unknown := [condition for condition in options.conditions or () if condition not in known]:
+        parser.error(f"argument --conditions: {unknown[0]!r} is no condition here; expected some of {', '.join(known)}")
     if options.list or not (options.all or options.only):
         total = 0.0
         for name in names:
@@ -143,7 +148,8 @@ def main():
 
     for name in names:
         for run in missing(name, *options.part):
-            if options.seeds is None or run.seed in options.seeds:
+            asked = options.conditions is None or run.condition in options.conditions
+            if asked and (options.seeds is None or run.seed in options.seeds):
                 print(f"--- {run.name}, about {run.minutes:.0f} minutes", flush=True)
                 if run.beta is not None and (why := trl_bridge.missing("DPOTrainer")):
                     print(f"left out: {why}", flush=True)

@@ -195,7 +195,7 @@ def drifts(run):
     if len(run) >= 20 and len(run.series("ppo/mean_scores")) >= 20 and (kl := run.now("objective/kl")) > 2:  # h
         gain, error = run.gained()
         if gain < error:
-            return f"KL is {kl:.1f} nats after {len(run)} steps, and the score gained {gain:+.2f}, no more than its error of {error:.2f}"
+            return f"KL is {kl:.1f} nats after {len(run)} steps, and the score has not risen by more than its error of {error:.2f}: {gain:+.2f}"
 
 
 def breaks_off_again(run):

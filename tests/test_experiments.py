@@ -73,6 +73,15 @@ def test_a_part_that_is_none_is_refused_in_one_sentence(text, monkeypatch, capsy
     assert end.value.code == 2 and f"'{text}' is no part" in capsys.readouterr().err
 
 
+def test_a_condition_that_no_experiment_has_is_refused_in_one_sentence(monkeypatch, capsys):
+    script = ROOT / "data" / "make_runs.py"
+    monkeypatch.setattr("sys.argv", [str(script), "--only", "dpo", "--conditions", "beta_0.1", "beta_2"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(script, run_name="__main__")
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and "--conditions: 'beta_2' is no condition here" in said and "beta_0.03" in said
+
+
 def test_every_run_has_settings_that_exist_and_a_name_of_its_own():
     every = [run for some in experiments.EXPERIMENTS.values() for run in some]
     assert len({run.name for run in every}) == len(every)
