@@ -279,7 +279,9 @@ def test_scores_in_another_order_than_the_responses_let_the_policy_drift():
     scores = [row["ppo/mean_scores"] for row in history]
     kl, gain = mean(row["objective/kl"] for row in history[-5:]), mean(scores[-10:]) - mean(scores[:5])
     error = (variance(scores[:5]) / 5 + variance(scores[-10:]) / 10) ** 0.5
-    symptom = f"KL is {kl:.1f} nats after 30 steps, and the score has not risen by more than its error of {error:.2f}: {gain:+.2f}"
+    symptom = (
+        f"KL is {kl:.1f} nats after 30 steps, and the score has not risen by more than its error of {error:.2f}: {gain:+.2f}"
+    )
     diagnosed(doctor.drifts, history, symptom, "rows in another order", "score a batch twice")
     assert examine(history[:19]) == []  # too early to say
 
