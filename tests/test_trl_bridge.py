@@ -237,6 +237,17 @@ def test_trls_reward_trainer_learns_pairs_and_its_model_scores_as_it_was_trained
     assert loaded(["a cat"], ["good"]) == rm(["a cat"], ["good"])
 
 
+def test_products_are_bf16_while_it_lasts_and_the_logits_fp32(reward_folders, monkeypatch):
+    monkeypatch.setattr(trl_bridge, "has_fast_bf16", lambda: True)
+    rm, seen = RewardModel.load(reward_folders[1]), []
+    rm.model.classifier.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    with pytest.raises(ValueError), trl_bridge.bf16_products(rm.model):
+        assert rm.model(**rm.encode(["a cat"], ["good"])).logits.dtype == torch.float32
+        raise ValueError
+    rm.model(**rm.encode(["a cat"], ["good"]))
+    assert seen == [torch.bfloat16, torch.float32]
+
+
 @needs_trl
 def test_dpo_moves_the_adapters_in_fp32_and_prefers_the_chosen(nf4):
     policy, tokenizer = PolicyWithValueHead(nf4()), tiny.tokenizer()

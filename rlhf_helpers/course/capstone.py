@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rlhf_helpers.config import DATA_FILE, project_root
+from rlhf_helpers.config import CPU, DATA_FILE, project_root
 from rlhf_helpers.course import guesses, plots
 from rlhf_helpers.course.capstone_exercises import BLOCK, KEY, letters_of, right_diagnoses
 from rlhf_helpers.course.gold import gold_reward, is_whole, warm_words
@@ -18,6 +18,7 @@ from rlhf_helpers.evaluation import chosen_of, paired_gain
 from rlhf_helpers.intervals import mean_interval
 
 PAIRS = 50
+BUDGET = CPU.ppo_config().kl_budget  # nats, of the healthy run and of the one with a bug
 TRAINING = dict(epochs=8, batch_size=10)  # of the reward model: 40 steps, as 8 passes over so few pairs take
 FILES = {  # what the blind runs are, by the names that KEY gives them
     "healthy": "headline/frozen_seed8",
@@ -196,7 +197,7 @@ def run_named(name):
     return read_log(project_root() / "data" / "runs" / f"{FILES[name]}.jsonl.gz")
 
 
-def stopped(log, config, otherwise=9.0):
+def stopped(log, config, otherwise=BUDGET):
     """(the log up to where the budget of `config` ends it, that budget): number for number the run that a budget would have ended.
     A config without a budget is taken for one of `otherwise` nats."""
     budget = getattr(config, "kl_budget", None) or otherwise
@@ -211,7 +212,6 @@ CURVES = {
     "share that ends by itself": lambda log: log.course_of("ended"),
 }
 COLOURS = {"A": plots.BLUE, "B": plots.ORANGE, "C": plots.GREEN}  # of whatever else is drawn: purple
-BUDGET = 9.0  # nats, of the profile that the healthy run and the one with a bug have
 
 
 def curves(logs, width=4):
@@ -320,9 +320,9 @@ def gold_of_run(before, after):
 
 
 def scorecard(pairs, labels, accuracy, course_accuracy, guessed, happened, diagnosis):
-    """Rows of up to 100 points: for labels, the share of the 50 that are the learner's, times how far the rule agrees with them beyond
-    a coin; for the reward model, what it ranks beyond a coin over what the course's does; for the guess; for each diagnosis. `accuracy` and `course_accuracy` are shares of held-out pairs ranked
-    correctly; `guessed` and `happened` letters of `gold_of_run`. Labels that stand in earn nothing."""
+    """Rows of up to 100 points. Labels: the share of the 50 that are the learner's, times how far the rule agrees with them beyond a
+    coin; those that stand in earn nothing here. Reward model: what it ranks beyond a coin, over what the course's does (`accuracy` and
+    `course_accuracy`, shares). Then the guess (letters of `gold_of_run`), and each diagnosis."""
     own = [i for i, mine in enumerate(labels.own) if mine]
     hits = same_as(gold_reward, pairs, labels, own)
     beyond = lambda share: max(0.0, 2 * share - 1)  # a coin earns nothing
