@@ -17,6 +17,7 @@ from tests.test_profiles import AT_ONCE, PAGES, WORD
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("0*.ipynb"))
+MADE_ONCE = ("models", "reward_model_pairwise")  # of output/
 
 
 # ---------------------------------------------------------------- the pretended card itself
@@ -125,11 +126,22 @@ def test_the_benchmark_of_the_7b_model_runs_on_the_card_small_and_beside_trl():
     assert printed.count("  ok  ") == 12 and printed.count("seconds a step, TRL") == 2 and "capped at 12 GB" in printed
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """The repository's data and models with an output folder of its own: the notebooks may run as tests at the same time."""
+    ensure_reward_model()
+    home = tmp_path_factory.mktemp("home")
+    (home / "output").mkdir()
+    (home / "data").symlink_to(ROOT / "data")
+    for name in MADE_ONCE:
+        (home / "output" / name).symlink_to(ROOT / "output" / name)
+    return home
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_the_notebooks_run_on_the_card(notebook):
-    ensure_reward_model()
-    on_the_card(notebook)
+def test_the_notebooks_run_on_the_card(notebook, home):
+    on_the_card(notebook, RLHF_HOME=str(home))
 
 
 IN_FP16 = ("01", "04", "08")  # as on a T4
@@ -145,9 +157,8 @@ IN_FP16 = ("01", "04", "08")  # as on a T4
         if not kind or page.name.startswith(IN_FP16)
     ],
 )
-def test_the_notebooks_run_on_the_card_with_the_gpu_profile(notebook, kind, mistral_folder):
-    ensure_reward_model()
-    printed = on_the_card(*kind, "--profile", mistral_folder, notebook)
+def test_the_notebooks_run_on_the_card_with_the_gpu_profile(notebook, kind, mistral_folder, home):
+    printed = on_the_card(*kind, "--profile", mistral_folder, notebook, RLHF_HOME=str(home))
     assert f"language models at once: {AT_ONCE[notebook.name[:2]]}\n" in printed
 
 

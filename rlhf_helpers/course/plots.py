@@ -370,7 +370,7 @@ def frontier(groups, x="kl", y="gold", labels=("KL (nats a response)", "gold"), 
         axis.set_xticks(ticks, [str(tick) for tick in ticks])
     for axis in axes.flat[len(paths) :]:
         axis.set_visible(False)
-    figure.supxlabel(labels[0] + ", spaced by its square root; red: where a run ends", fontsize=TEXT)
+    figure.supxlabel(labels[0] + ", spaced by its square root; dot: where a run ends", fontsize=TEXT)
     figure.supylabel(labels[1], fontsize=TEXT)
     return figure
 
