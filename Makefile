@@ -21,7 +21,7 @@ help:
 	@echo "make run       PPO on the CPU profile: models, reward model, training, result"
 	@echo "make lab       JupyterLab on the notebooks"
 	@echo "make site      the course as web pages, to be read without running it: build/site/index.html"
-	@echo "make test      all tests that a user needs, notebooks included (ARGS=--durations=20: where the time goes)"
+	@echo "make test      all tests that a user needs, notebooks included; at its end, where the time went"
 	@echo "make test-fast everything but the notebooks and the browser"
 	@echo "make test-all  the slow ones too"
 	@echo "make lint      ruff: check and format (make format repairs)"
@@ -41,7 +41,7 @@ site: $(VENV)/.site
 	$(PY) -m tools.make_site $(ARGS)
 
 test: lint $(MODELS) $(REWARD_MODEL)
-	$(PYTEST) $(ARGS)
+	$(PYTEST) --durations=15 $(ARGS)
 
 test-fast: $(VENV)/.test
 	$(PYTEST) tests -m "not slow and not browser" $(ARGS)

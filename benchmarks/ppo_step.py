@@ -99,8 +99,9 @@ def ours(epochs, updates, options):
         clock.begin()
         responses = generate(queries[rows], eos_token_id=-1)  # never ends early
         scores = reward(prompts[rows], trainer.decode(responses))
-        trainer.step(queries[rows], responses, scores)
+        stats = trainer.step(queries[rows], responses, scores)
         clock.end()
+        assert stats["objective/sampler_max_diff"] == 0  # fast, and on-policy to the last bit
         assert all(len(response) == NEW_TOKENS for response in responses)
     scoring = 1 if trainer.sampler_is_exact else 2  # the reference, and the policy where its samples do not say it all
     return clock, trainer.model, scoring + 2 * epochs

@@ -113,7 +113,7 @@ def main(arguments=None):
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
-        print("stopped; what was saved stays", file=sys.stderr)
+        print("stopped; what was saved stays, and the same command goes on from there", file=sys.stderr)
         return 128 + getattr(error, "signum", signal.SIGINT)
 
 
@@ -292,6 +292,10 @@ class Keeper:
         """The run in the checkpoint; steps after it in the log were lost, and are cut."""
         from rlhf_helpers.evaluation import Evaluation
 
+        try:
+            before = Evaluation.of_records(saved["extra"]["before"])
+        except InputError as error:
+            raise InputError(f"{self.checkpoint}: extra before, {error}") from None
         self.trainer.resume(self.checkpoint)
         self.extra, self.saved_at = saved["extra"], self.trainer.steps_done
         reward.mean, reward.std = self.extra["standardisation"]
@@ -300,7 +304,7 @@ class Keeper:
             save_jsonl(self.log, self.trainer.history)
             done = f"{self.saved_at} of {self.job.steps}"
             print(f"going on from step {done} in {self.job.output}; --fresh begins anew", flush=True)
-        return Evaluation.of_records(self.extra["before"])
+        return before
 
     def seconds(self):
         """Of all starts of this run together."""

@@ -9,11 +9,14 @@ from accelerate.utils import gather_object
 
 from rlhf_helpers import progress
 from rlhf_helpers.course.gold import distinct2, gold_reward, is_whole
+from rlhf_helpers.errors import InputError
+from rlhf_helpers.files import shown
 from rlhf_helpers.intervals import mean_interval
 from rlhf_helpers.machine import peak_megabytes
 from rlhf_helpers.shard import is_sharded
 
-COLUMNS = ("prompt", "response", "reward", "gold", "kl")
+NUMBER = (int, float)
+COLUMNS = {"prompt": str, "response": str, "reward": NUMBER, "gold": NUMBER, "kl": NUMBER}
 TIMES = ("time/generate", "time/reward", "time/ppo/total")  # what a step takes
 
 
@@ -56,7 +59,14 @@ class Evaluation:
 
     @classmethod
     def of_records(cls, records):
-        """The inverse of `records`."""
+        """The inverse of `records`. Raises InputError for what they cannot be."""
+        for number, record in enumerate(records, start=1):
+            for name, kind in COLUMNS.items():
+                found = record.get(name) if isinstance(record, dict) else None
+                if not isinstance(found, kind) or isinstance(found, bool):
+                    raise InputError(
+                        f"sample {number}: {name} is {shown(found)}; expected {'text' if kind is str else 'a number'}"
+                    )
         prompts, responses, *numbers = ([record[name] for record in records] for name in COLUMNS)
         return cls(prompts, responses, *map(np.asarray, numbers))
 

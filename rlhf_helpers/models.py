@@ -29,15 +29,24 @@ transformers_logging.disable_progress_bar()  # "Loading weights: 100%" on stderr
 
 def resolve(model):
     """What `from_pretrained` can load for `model`: a name of ASSETS (fetched if missing), a folder, or org/model on a hub.
-    Raises InputError for anything else."""
+    Raises InputError for anything else, adapters among it."""
     if str(model) in ASSETS:
         return str(ensure_model(str(model)))
-    if (Path(model) / "config.json").is_file() or (Path(model) / "adapter_config.json").is_file():
+    if (Path(model) / "adapter_config.json").is_file():
+        refuse_adapters(model)
+    if (Path(model) / "config.json").is_file():
         return str(model)
     if str(model).count("/") == 1 and not Path(model).exists() and not str(model).startswith((".", "/")):
         return str(model)
     raise InputError(
         f"unknown model {str(model)!r}; expected one of {', '.join(ASSETS)}, a folder with config.json, or org/model"
+    )
+
+
+def refuse_adapters(model):
+    raise InputError(
+        f"{model}: a folder of adapters, which new ones would silently replace; expected the model under them (to go on from "
+        "adapters: PolicyWithValueHead(PeftModel.from_pretrained(base, folder, is_trainable=True)))"
     )
 
 
@@ -123,11 +132,6 @@ def load_causal_lm(model, quantize=True, dtype=None, to_shard=False):
             raise InputError("bitsandbytes cannot be imported; expected it for 4-bit weights: pip install bitsandbytes")
         print(lacking, flush=True)
         quantize = False
-    if (Path(model) / "adapter_config.json").is_file() and not (Path(model) / "config.json").is_file():
-        raise InputError(
-            f"{model}: a folder of adapters, which new ones would silently replace; expected the model under them (to go on from "
-            "adapters: PolicyWithValueHead(PeftModel.from_pretrained(base, folder, is_trainable=True)))"
-        )
     folder = resolve(model)
     gc.collect()  # a trainer holds itself in a ring: one that was deleted keeps its model in memory until somebody looks
     with usable(model):
@@ -138,6 +142,8 @@ def load_causal_lm(model, quantize=True, dtype=None, to_shard=False):
             device_map={"": "cpu" if to_shard else device},
             attn_implementation="eager" if device.type == "cpu" else "sdpa",  # measured: eager trains faster on two cores
         )
+    if getattr(lm, "_hf_peft_config_loaded", False):  # transformers has put the adapters of a hub onto their base
+        refuse_adapters(model)
     keep_gradients(lm)
     if device.type == "cpu" and quantize:
         unmap(lm)

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from rlhf_helpers import progress
-from rlhf_helpers.machine import has_fast_bf16
+from rlhf_helpers.machine import device_and_dtype, has_fast_bf16
 from rlhf_helpers.models import resolve
 from rlhf_helpers.reward import RewardModel, base_samples
 
@@ -88,6 +88,7 @@ def train_reward_model(pairs, folder, encoder="minilm-l6-v2", num_labels=1, epoc
         seed=seed,
         dataloader_drop_last=True,
         dataloader_pin_memory=False,  # the batch is on the device already
+        use_cpu=device_and_dtype()[0].type == "cpu",  # of a card that this course does not use (MPS), too
     )
     trainer = PairwiseTrainer(model, arguments, train_dataset=pairs, data_collator=collate)
     trainer.remove_callback(PrinterCallback)

@@ -8,12 +8,13 @@ samples.jsonl, curves.png, summary.json   the results, in this order: with a sum
 import contextlib
 import hashlib
 import json
+import math
 from pathlib import Path
 
 from rlhf_helpers.checkpoint import FREE, read_settings
 from rlhf_helpers.data import read_jsonl
 from rlhf_helpers.errors import InputError
-from rlhf_helpers.files import raise_written, read_json, write_text
+from rlhf_helpers.files import find_whole, raise_written, read_json, shown, write_text
 from rlhf_helpers.machine import no_four_bit
 
 WEIGHTS = "weights (by whether bitsandbytes is there)"
@@ -91,16 +92,32 @@ def saved_run(output, now, resume=None):
         saved = read_settings(folder)
     except InputError as error:
         raise InputError(f"{error}; or {how}") from error
-    then = saved["extra"].get("settings")
-    then = then and {WEIGHTS: "4-bit"} | then  # older runs had no others
-    if then is None:
+    if "settings" not in saved["extra"]:
         raise InputError(f"{folder}: not made by this command; expected {how}")
+    check_extra(saved["extra"], find_whole(folder) / "trainer.json")
+    then = {WEIGHTS: "4-bit"} | saved["extra"]["settings"]  # older runs had no others
     if resume and Path(resume).resolve() != folder.resolve():
         now = {"--resume": str(resume)} | now
     for name, value in now.items():
         if then.get(name) != value:
             raise InputError(f"--output {output}: its run has {name} {then.get(name)}, not {value}; expected {how}")
     return saved
+
+
+def check_extra(extra, path):
+    """Raises InputError unless a checkpoint's `extra` is what a run keeps there, each of its kind."""
+    number = lambda value: type(value) in (int, float) and math.isfinite(value)
+    pair = lambda value: type(value) is list and len(value) == 2 and all(map(number, value)) and value[1] > 0
+    for name, fits, expected in (
+        ("settings", lambda value: type(value) is dict, "an object"),
+        ("standardisation", pair, "a mean and a deviation above 0"),
+        ("before", lambda value: type(value) is list and bool(value), "a list of samples"),
+        ("seconds", lambda value: number(value) and value >= 0, "a number from 0"),
+        ("budget_spent", lambda value: type(value) is bool, "true or false"),
+    ):
+        if not fits(extra.get(name)):
+            found = f"is {shown(extra[name])}" if name in extra else "is missing"
+            raise InputError(f"{path}: extra {name} {found}; expected {expected}")
 
 
 def finished(output, saved, steps, config):

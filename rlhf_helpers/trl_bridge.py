@@ -331,6 +331,7 @@ def train_reward_model_with_trl(pairs, encoder="minilm-l6-v2", epochs=2, batch_s
             gradient_checkpointing=False,
             dataloader_drop_last=True,
             dataloader_pin_memory=torch.cuda.is_available(),
+            use_cpu=device_and_dtype()[0].type == "cpu",
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,

@@ -9,6 +9,9 @@ import pytest
 import torch
 
 from rlhf_helpers import fast, ppo
+from rlhf_helpers.config import CPU, project_root
+from rlhf_helpers.data import load_prompts
+from rlhf_helpers.models import load_policy
 from rlhf_helpers.quirks import keep_gradients
 from rlhf_helpers.sampling import sample
 from rlhf_helpers.stats import sampler_stats
@@ -59,7 +62,7 @@ def stepped(trainer, queries, scores=None):
     return responses, trainer.step(queries, responses, scores or [float(i % 3) for i in range(len(queries))])
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", range(1, 17))
 def test_sampler_and_trainer_agree_to_the_last_bit(policy, size):
     """At the first step, when the trainer makes a pass of its own, and at the next, when it need not."""
     for b_scale in (0.002, 0.2):
@@ -71,6 +74,38 @@ def test_sampler_and_trainer_agree_to_the_last_bit(policy, size):
             assert stats["ppo/policy/first_ratio_error"] == 0
         assert trainer.sampler_is_exact
         assert size < 8 or len({len(response) for response in responses}) > 1  # some end early
+
+
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+@onednn
+@pytest.mark.parametrize("size", [1, 3, 8, 13])
+def test_on_two_threads_sampler_and_trainer_agree_as_well(nf4, two_threads, size):
+    """As `make run` has them: more threads take more rows before an fp32 product, LoRA's, is the same for each."""
+    trainer = bf16_trainer(nf4(b_scale=0.2), size, learning_rate=1e-2)
+    for _ in range(2):
+        _, stats = stepped(trainer, prompts(size))
+        assert stats["objective/sampler_kl"] == stats["objective/sampler_max_diff"] == 0
+
+
+@pytest.mark.slow
+@onednn
+def test_the_course_s_own_policy_samples_what_it_scores_on_two_threads(two_threads):
+    """SmolLM2 in 4 bits at the profile's settings, adapters moved: the shapes of `make run`, at its second step."""
+    policy, tokenizer = load_policy(CPU)
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter.data, std=0.01, generator=generator())
+    trainer = PPOTrainer(CPU.ppo_config(max_new_tokens=16, ppo_epochs=1), policy, tokenizer=tokenizer)
+    _, queries = trainer.encode(load_prompts(project_root() / CPU.prompts)[: trainer.config.batch_size])
+    for _ in range(2):
+        _, stats = stepped(trainer, queries)
+        assert stats["objective/sampler_kl"] == stats["objective/sampler_max_diff"] == 0
 
 
 @pytest.mark.parametrize("mini", [1, 2, 4, 8])

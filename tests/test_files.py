@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from rlhf_helpers import assets, files
+from rlhf_helpers.course.plots import save_figure, training_curves
 from rlhf_helpers.errors import InputError
 from rlhf_helpers.files import NotWritten, check_manifest, find_whole, whole_file, whole_folder, write_manifest, write_text
 
@@ -82,6 +83,22 @@ def test_a_kill_at_any_step_leaves_the_old_file_or_the_new_one_whole(tmp_path):
         if status == 0:
             break
     assert status == 0 and set(seen) == {"old", "new"}
+
+
+@posix
+def test_a_full_disk_leaves_the_last_whole_figure_and_gives_one_sentence(tmp_path):
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "curves.png"
+    path.write_text("old")
+
+    def work():
+        figure = training_curves([{"step": i, "objective/kl": i} for i in range(9)], {"objective/kl": "KL"})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
+        with pytest.raises(NotWritten, match="curves.png: could not be written .File too large."):
+            save_figure(figure, path)
+
+    assert exit_status(work) == 0
+    assert path.read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["curves.png"]
 
 
 @posix

@@ -1,5 +1,6 @@
 """The policy: tokenizer, 4-bit loading, the forward pass, the value head, adapters off, and gradients through 4-bit layers."""
 
+import json
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 
+from rlhf_helpers import models
 from rlhf_helpers.config import Profile
 from rlhf_helpers.models import (
     PolicyWithValueHead,
@@ -46,6 +48,26 @@ def test_a_folder_and_a_hub_name_are_what_they_are_and_anything_else_is_refused(
     for wrong in ("no-such-name", str(tmp_path), "./a/b", "a/b/c"):
         with pytest.raises(ValueError, match="unknown model .*; expected one of smollm2-135m-instruct"):
             resolve(wrong)
+
+
+@pytest.mark.parametrize("beside", [[], ["config.json"], ["tokenizer.json"]], ids=["alone", "with a model", "with a tokenizer"])
+def test_adapters_are_no_model_whatever_lies_beside_them(beside, tmp_path):
+    """transformers would put them onto their base, and new ones would take their place."""
+    for name in ["adapter_config.json", *beside]:
+        (tmp_path / name).write_text("{}")
+    for use in (resolve, load_tokenizer, load_causal_lm):
+        with pytest.raises(ValueError, match="a folder of adapters, which new ones would silently replace; expected the model"):
+            use(tmp_path)
+
+
+def test_adapters_of_a_hub_are_no_model_either(llama_folder, tmp_path, monkeypatch):
+    """There only transformers sees what it is: here it is asked for a folder that `resolve` cannot look into."""
+    tiny.with_lora(load_causal_lm(llama_folder, quantize=False)).save_pretrained(tmp_path)
+    about = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(about | {"base_model_name_or_path": str(llama_folder)}))
+    monkeypatch.setattr(models, "resolve", lambda model: str(tmp_path))
+    with pytest.raises(ValueError, match="org/adapters: a folder of adapters, which new ones would silently replace"):
+        load_causal_lm("org/adapters", quantize=False)
 
 
 def test_the_tokenizer_pads_on_the_left(llama_folder):
@@ -181,6 +203,27 @@ def test_every_module_s_mode_comes_back_after_an_exception(checkpointing):
         assert not any(m.training for m in policy.modules() if isinstance(m, torch.nn.Dropout))
         raise KeyError
     assert modes(policy) == before and True in before and False in before
+
+
+def test_dropout_that_is_no_module_is_off_under_checkpointing_too_and_its_rate_comes_back():
+    """OPT's layers call F.dropout with a rate of their own, and transformers checkpoints in train mode only."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=tiny.V, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4)
+    lm = OPTForCausalLM(
+        OPTConfig(**sizes, word_embed_proj_dim=32, dropout=0.5, attention_dropout=0.5, max_position_embeddings=64)
+    )
+    policy = PolicyWithValueHead(tiny.with_lora(lm, b_scale=0.2))
+    policy.enable_gradient_checkpointing()
+    policy.train()
+    rates = [{name: rate for name, rate in vars(layer).items() if "dropout" in name} for layer in policy.modules()]
+    with policy.without_dropout(), torch.no_grad():
+        plain, _ = policy(*inputs()[0])
+    with policy.without_dropout(checkpointing=True):
+        checkpointed, _ = policy(*inputs()[0])
+    assert torch.equal(plain, checkpointed)
+    assert rates == [{name: rate for name, rate in vars(layer).items() if "dropout" in name} for layer in policy.modules()]
 
 
 def gradients(policy, checkpointing):

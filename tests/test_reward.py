@@ -277,6 +277,14 @@ def test_training_lowers_the_loss_orders_the_pairs_and_saves_a_standardised_mode
     assert not any(p.requires_grad for p in rm.model.parameters()) and not rm.model.training
 
 
+def test_training_does_not_move_to_an_apple_card_that_ppo_would_not_use(encoder_folder, tmp_path, monkeypatch):
+    """transformers' Trainer takes MPS where there is one; then the trainer's Accelerator, on the CPU, could not be made."""
+    monkeypatch.setattr("accelerate.state.is_mps_available", lambda *args, **kwargs: True)
+    rm, _ = train_reward_model(PAIRS, tmp_path / "rm", encoder=encoder_folder, epochs=1, batch_size=6)
+    assert {parameter.device.type for parameter in rm.model.parameters()} == {"cpu"}
+    assert tiny.trainer().accelerator.device.type == "cpu"
+
+
 def test_bootstrap_intervals_are_the_same_every_time():
     reward_fn = lambda prompts, responses: np.arange(len(responses)) % 3
     assert pair_accuracy(reward_fn, PAIRS) == pair_accuracy(reward_fn, PAIRS)

@@ -21,6 +21,7 @@ from rlhf_helpers.__main__ import Keeper, main, parser
 from rlhf_helpers.assets import Asset
 from rlhf_helpers.config import PPO_FIELDS
 from rlhf_helpers.data import read_jsonl, save_jsonl
+from rlhf_helpers.files import write_manifest
 from tests import tiny
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(rlhf_helpers.__file__).parent.parent)}
@@ -229,9 +230,34 @@ def test_an_evaluation_that_is_asked_to_stop_stops_at_once_and_what_was_saved_st
     with monkeypatch.context() as now:
         now.setattr("rlhf_helpers.evaluation.gold_reward", lambda prompt, text: signal.raise_signal(signum))
         assert exit_status(start(steps=1)) == status
-    assert capsys.readouterr().err == "stopped; what was saved stays\n"
+    assert capsys.readouterr().err == "stopped; what was saved stays, and the same command goes on from there\n"
     assert not (home / "run" / "checkpoint").exists()
     assert exit_status(start(steps=1)) == 0
+
+
+FORGED = {
+    "settings": ([], "expected an object"),
+    "standardisation": ([0.0, "1"], "expected a mean and a deviation above 0"),
+    "seconds": (True, "expected a number from 0"),
+    "budget_spent": (0, "expected true or false"),
+    "before": ([{"prompt": "t32", "response": 3}], "sample 1: response is 3; expected text"),
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_what_a_run_keeps_beside_its_checkpoint_is_checked_before_anything_changes(name, home, start, capsys):
+    assert exit_status(start(steps=1)) == 0
+    checkpoint = home / "run" / "checkpoint"
+    about = json.loads((checkpoint / "trainer.json").read_text())
+    about["extra"][name], expected = FORGED[name]
+    (checkpoint / "trainer.json").write_text(json.dumps(about))
+    write_manifest(checkpoint)  # by somebody who knows the format
+    before = {path: path.read_bytes() for path in (home / "run").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert exit_status(start(steps=2)) == 2
+    error = capsys.readouterr().err
+    assert f"extra {name}" in error and expected in error and error.count("\n") == 1
+    assert {path: path.read_bytes() for path in (home / "run").rglob("*") if path.is_file()} == before
 
 
 def test_a_finished_run_is_shown_again_and_goes_on_with_more_steps(home, start, capsys):

@@ -82,7 +82,9 @@ def test_without_bitsandbytes_a_cpu_takes_bf16_weights_and_says_so_once_and_4_bi
 def test_a_run_from_before_weights_were_noted_was_in_4_bits(tmp_path, monkeypatch):
     (tmp_path / "checkpoint").mkdir()
     now = {"--model": "m", run.WEIGHTS: "4-bit"}
-    monkeypatch.setattr(run, "read_settings", lambda folder: {"extra": {"settings": {"--model": "m"}}})
+    sample = dict(prompt="a", response="b", reward=0.0, gold=0.0, kl=0.0)
+    extra = dict(settings={"--model": "m"}, standardisation=[0, 1], before=[sample], seconds=1, budget_spent=False)
+    monkeypatch.setattr(run, "read_settings", lambda folder: {"extra": extra})
     assert run.saved_run(tmp_path, now)
     with pytest.raises(InputError, match="its run has weights .* 4-bit, not bf16"):
         run.saved_run(tmp_path, now | {run.WEIGHTS: "bf16"})

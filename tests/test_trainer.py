@@ -2,9 +2,11 @@
 
 import copy
 import math
+import signal
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from rlhf_helpers.config import PPOConfig
 from rlhf_helpers.errors import InputError
@@ -50,6 +52,36 @@ def test_a_tokenizer_without_pad_is_refused():
 def test_a_4_bit_model_without_adapters_is_refused(nf4):
     with pytest.raises(ValueError, match="4-bit weights and no adapters"):
         tiny.trainer(nf4(targets=None))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_that_would_learn_in_half_precision_are_refused(dtype):
+    lm = tiny.llama().to(dtype)
+    with pytest.raises(ValueError, match=f"{str(dtype)[6:]} and would learn: .*; expected fp32"):
+        tiny.trainer(lm)
+    assert tiny.trainer(tiny.with_lora(lm.requires_grad_(False)))  # under adapters in fp32 it may stay as it is
+
+
+def test_what_accelerate_config_says_of_autocast_is_not_heard(monkeypatch):
+    """It would reach the passes of the trainer, and not those of the sampler."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    AcceleratorState._reset_state(reset_partial_state=False)
+    trainer = tiny.trainer(tiny.with_lora(tiny.llama(), b_scale=0.2))
+    assert trainer.accelerator.mixed_precision == "no"
+    queries, responses, scores = batch()
+    assert trainer.step(queries, responses, scores)["ppo/policy/first_ratio_error"] == 0
+    assert {row.dtype for row in trainer.model(*trainer.rollout.inputs(torch.arange(4)))} == {torch.float32}
+
+
+def test_a_response_ends_at_any_token_that_the_model_s_generation_config_names():
+    lm = tiny.with_lora(tiny.llama())
+    lm.generation_config.eos_token_id = [9, tiny.EOS]
+    trainer = tiny.trainer(lm, max_new_tokens=40)
+    assert set(trainer.eos_ids) == {9, tiny.EOS}
+    responses = trainer.generate(QUERIES * 8)
+    ends = [response[-1].item() for response in responses]
+    assert 9 in ends and tiny.EOS in ends
+    assert not any((response[:-1] == 9).any() or (response[:-1] == tiny.EOS).any() for response in responses)
 
 
 QUERIES, RESPONSES, SCORES = batch()
@@ -432,6 +464,21 @@ def test_the_kl_coefficient_follows_the_controller_from_step_to_step():
     assert trainer.kl_coef == pytest.approx(expected) != 0.3
 
 
+def test_a_kl_that_is_no_number_leaves_the_kl_coefficient_alone():
+    trainer = tiny.trainer(tiny.with_lora(tiny.llama(), b_scale=0.2), adap_kl_ctrl=True, target=1.0, horizon=50.0)
+    torch.nn.init.constant_(trainer.model.v_head.summary.weight, 0.0)
+    collect = trainer._collect
+
+    def poisoned(*args, **kwargs):
+        rollout = collect(*args, **kwargs)
+        rollout.kl[0, 0] = math.nan
+        return rollout
+
+    trainer._collect = poisoned
+    before = trainer.kl_coef
+    assert math.isnan(trainer.step(*batch())["objective/kl"]) and trainer.kl_coef == before
+
+
 def test_a_fixed_kl_coefficient_stays():
     trainer = tiny.trainer(with_lora(tiny.llama(), b_scale=0.5), adap_kl_ctrl=False, init_kl_coef=0.3)
     trainer.step(*batch())
@@ -521,6 +568,19 @@ def test_train_gives_the_reward_function_prompts_and_texts_and_calls_back():
     assert all("time/generate" in row and "time/reward" in row for row in history)
     texts = trainer.decode(trainer.rollout.responses)
     assert texts == calls[-1][1] and not any("<" in text for text in texts)  # no special tokens
+
+
+def test_train_may_be_interrupted_and_called_again_and_comes_to_the_same_end():
+    """As a notebook's stop button does it: the step that is under way is finished."""
+    prompts, reward = [f"t{i} t{i + 1}" for i in range(10, 22)], lambda _, texts: [len(text) / 10 for text in texts]
+    whole, halted = (tiny.trainer(tiny.with_lora(tiny.llama(), b_scale=0.2), max_new_tokens=6) for _ in range(2))
+    whole.train(prompts, reward, steps=4)
+    stop = lambda trainer, stats: signal.raise_signal(signal.SIGINT) if trainer.steps_done == 2 else None
+    with pytest.raises(KeyboardInterrupt):
+        halted.train(prompts, reward, steps=4, on_step=stop)
+    assert halted.steps_done == 2
+    halted.train(prompts, reward, steps=2)
+    assert tiny.same(tiny.state(halted), tiny.state(whole))
 
 
 def test_by_default_train_is_one_pass_over_the_prompts():

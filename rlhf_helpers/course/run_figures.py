@@ -2,9 +2,8 @@
 2023 ("Scaling laws for reward model overoptimization", arXiv:2210.10760)."""
 
 import numpy as np
-from matplotlib.patheffects import withStroke
 
-from rlhf_helpers.course.plots import BLUE, GREY, ORANGE, RED, SMALL, legend, new_figure, running_mean
+from rlhf_helpers.course.plots import BLUE, GREY, ORANGE, RED, SMALL, legend, new_figure, over_lines, running_mean
 from rlhf_helpers.intervals import quantiles
 
 COLOURS = (RED, ORANGE)
@@ -27,8 +26,7 @@ def of_seeds(runs, curves, limits=None, named=(), width=4):
             bold = dict(linewidth=2, zorder=3) if name in named else dict(linewidth=0.9, alpha=0.6)
             axis.plot(range(1, len(line) + 1), line, color=colour, **bold)
             if name in named:
-                end = axis.annotate(f" {name}", (len(line), line[-1]), color=colour, fontsize=SMALL, va="center", zorder=4)
-                end.set(fontweight="bold", path_effects=[withStroke(linewidth=3, foreground="white")])  # over other lines
+                over_lines(axis.annotate(f" {name}", (len(line), line[-1]), color=colour, fontsize=SMALL, va="center"))
         if key in (limits or {}):
             axis.axhline(limits[key], color=GREY, linewidth=1, linestyle="--")
             axis.annotate(f"limit {limits[key]:g}", (0, limits[key]), (2, 2), xycoords=("axes fraction", "data"),
