@@ -6,6 +6,7 @@ import torch
 
 from rlhf_helpers.machine import device_and_dtype
 from rlhf_helpers.models import encode_prompt
+from rlhf_helpers.pairwise import ShowProgress
 from rlhf_helpers.trl_bridge import own_adapters, quiet, train_quietly, trl_part
 
 
@@ -61,6 +62,7 @@ def train_with_dpo(
         )
         with own_adapters(lm):
             trainer = Ready(lm, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+        trainer.add_callback(ShowProgress("DPO"))
         train_quietly(trainer)
     names = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
     log = [row for row in trainer.state.log_history if "loss" in row]

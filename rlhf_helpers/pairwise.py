@@ -29,10 +29,13 @@ def pairwise_loss(chosen, rejected):
 
 
 class ShowProgress(TrainerCallback):
-    """How far the training of the reward model is."""
+    """How far a training of transformers' Trainer is: of `what`."""
+
+    def __init__(self, what="reward model"):
+        self.what = what
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = progress.bar(state.max_steps, "reward model", "steps", state.is_world_process_zero)
+        self.bar = progress.bar(state.max_steps, self.what, "steps", state.is_world_process_zero)
 
     def on_step_end(self, args, state, control, **kwargs):
         losses = [f"loss {float(row['loss']):.2f}" for row in state.log_history if "loss" in row]

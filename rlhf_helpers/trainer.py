@@ -9,7 +9,7 @@ import math
 import numpy as np
 import torch
 
-from rlhf_helpers import fast, ppo
+from rlhf_helpers import fast, ppo, progress
 from rlhf_helpers.checkpoint import load_checkpoint, save_checkpoint
 from rlhf_helpers.interrupts import finishing
 from rlhf_helpers.models import eos_ids, response_logits
@@ -86,8 +86,10 @@ class PPOTrainer:
         the next call goes on from there."""
         prompts, queries = self.encode(prompts)
         once = max(1, len(prompts) // (self.config.batch_size * self.accelerator.num_processes))
-        with finishing() as asked:
-            for _ in range(once if steps is None else steps):
+        steps = once if steps is None else steps
+        alone = on_step is None and self.accelerator.is_main_process  # else whoever is called shows how far it is
+        with finishing() as asked, progress.bar(steps, "PPO", "steps", alone) as done:
+            for _ in range(steps):
                 if self.kl_budget_spent():
                     break
                 rows = self.next_rows(len(prompts))
@@ -99,6 +101,7 @@ class PPOTrainer:
                 clock.lap("time/reward")
                 stats = self.step(batch_queries, responses, scores, batch) | clock.laps
                 self.history[-1] |= clock.laps
+                done.update()
                 if on_step:
                     on_step(self, stats)
                 asked.signum = self._largest(asked.signum or 0) or None  # one process is asked, and all stop at the same step

@@ -34,6 +34,7 @@ from rlhf_helpers.config import CPU, project_root
 from rlhf_helpers.data import load_prompts, save_jsonl
 from rlhf_helpers.machine import device_and_dtype, has_fast_bf16, peak_megabytes
 from rlhf_helpers.models import encode_prompt, load_policy, resolve
+from rlhf_helpers.pairwise import ShowProgress
 from rlhf_helpers.quirks import keep_gradients
 from rlhf_helpers.reward import RewardModel, base_samples, ensure_reward_model
 from rlhf_helpers.trainer import PPOTrainer
@@ -270,6 +271,7 @@ def train_with_trl(policy, tokenizer, prompts, reward_fn, config, steps, on_step
     """`steps` updates by TRL's PPOTrainer. Returns the history: a list of dicts, under the keys of our stats."""
     with tempfile.TemporaryDirectory(prefix="trl-") as folder, quiet():
         trainer = ppo_trainer(policy, tokenizer, prompts, reward_fn, config, steps, folder, on_step)
+        trainer.accelerator.print = lambda *_, **__: None  # "===training policy==="
         trainer.train()
     return next(c.history for c in trainer.callback_handler.callbacks if isinstance(c, History))
 
@@ -338,6 +340,7 @@ def train_reward_model_with_trl(pairs, encoder="minilm-l6-v2", epochs=2, batch_s
             seed=seed,
         )
         trainer = trl_part("RewardTrainer")(model, arguments, train_dataset=Dataset.from_dict(ids), processing_class=tokenizer)
+        trainer.add_callback(ShowProgress("TRL's reward model"))
         with bf16_products(model):
             train_quietly(trainer)
     rm.model.eval().requires_grad_(False)

@@ -55,8 +55,10 @@ def run_cell(monkeypatch, tmp_path, names, installed=False, moves=None, cell=CEL
     if installed:
         versions |= moves or {}
 
-    def run(command, check=False):
+    def run(command, check=False, env=None, stderr=None):
         commands.append(command)
+        asks = "clone" in command and (env["GIT_TERMINAL_PROMPT"] != "0" or stderr != subprocess.DEVNULL)
+        assert not asks, "git would ask for a password, or speak beside the one sentence"
         if "clone" not in command:
             assert check is True
             versions.update(moves or {})

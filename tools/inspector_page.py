@@ -1,6 +1,6 @@
 """Make docs/inspector.html, a page to touch without installation: `python tools/inspector_page.py` (a quarter of an hour on two cores).
 
-Two runs with the same seed and prompts: the profile's, and the one of notebook 07 without a price on KL. Both are recorded on four
+Two runs with the same seed and prompts: the profile's, and that of notebook 07 without a price on KL, continued. Both are recorded on four
 held-out prompts; the page needs nothing but itself. `--picture` takes docs/inspector.png from the page that is there, by headless Chromium."""
 
 import argparse
@@ -20,13 +20,13 @@ from rlhf_helpers.trainer import PPOTrainer
 HERE = Path(__file__).resolve().parent
 RUNS = {
     "With a price on KL": (
-        "The profile for two cores, as `make run` makes it: a nat of KL costs 0.05 of a deviation of the scores, and a budget ends the run.",
+        "The profile's settings for two cores: a nat of KL costs 0.05 of a deviation of the scores, and a budget of 9 nats would end the run.",
         {},
         32,
         4,
     ),
     "Without a price": (
-        "No price, no budget, two optimizer steps from each batch, 48 steps: the run of notebook 07.",
+        "No price, no budget, two optimizer steps from each batch: the settings of notebook 07, for 48 steps instead of 24.",
         dict(init_kl_coef=0.0, kl_budget=math.inf, gradient_accumulation_steps=1),
         48,
         6,

@@ -92,7 +92,7 @@ def plane(*experiments, names=None):
     logs = [log for experiment in experiments for log in logs_of(experiment)]
     if not logs or base(logs[0].after["split"]) is None:
         return None
-    figure, axes = plots.new_figure(size=(6.4, 4.0))
+    figure, axes = plots.new_figure(size=(7.6, 4.0))
     axis, before = axes[0, 0], base(logs[0].after["split"])
     rewards, gold = before.by_prompt(before.rewards), before.by_prompt(before.gold)
     sizes = [n for n in SIZES if n <= rewards.shape[1]]
@@ -107,7 +107,7 @@ def plane(*experiments, names=None):
     for number, condition in enumerate(conditions):
         own = [log for log in logs if log.head["condition"] == condition]
         kl, height = [math.sqrt(max(log.kl, 0)) for log in own], [log.gold.mean() for log in own]
-        colour, marker = COLOURS[number % len(COLOURS)], "os^Dv"[number // len(COLOURS) % 5]
+        colour, marker = COLOURS[number % len(COLOURS)], "os^DvP*"[number % 7]
         axis.scatter(kl, height, color=colour, marker=marker, s=26, label=(names or {}).get(condition, condition), zorder=3)
     axis.set_xlabel("KL, nats an answer (axis: its square root)", fontsize=9)
     axis.set_ylabel("gold on test prompts, mean of a run", fontsize=9)
@@ -116,5 +116,5 @@ def plane(*experiments, names=None):
     axis.set_xticks([math.sqrt(t) for t in ticks], [f"{t:g}" for t in ticks])
     axis.tick_params(labelsize=8)
     if len(conditions) > 1 or names:
-        axis.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        axis.legend(fontsize=9, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure

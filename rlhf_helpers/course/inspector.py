@@ -11,6 +11,8 @@ import re
 
 import torch
 
+from rlhf_helpers.errors import InputError
+from rlhf_helpers.files import read_json, write_text
 from rlhf_helpers.models import response_logits
 
 SIGNALS = {  # key: (name on the page, what it is)
@@ -24,6 +26,7 @@ SIGNALS = {  # key: (name on the page, what it is)
     "raw": ("return \u2212 value", "the advantage before whitening"),
     "advantage": ("advantage", "what the update weighs the token with"),
     "change": ("change", "log-prob after the update, less before; nats"),
+    "ratio": ("ratio \u2212 1", "how much likelier the update made the token: probability after / before, less 1"),
 }
 
 
@@ -45,6 +48,7 @@ def frame(rollout, tokenizer, label="", likeliest=None, after=None):
     }
     if after is not None:
         columns["change"] = after - rollout.logprobs
+        columns["ratio"] = torch.exp(columns["change"]) - 1
     rows = []
     for row, response in enumerate(rollout.responses):
         tokens = pieces(tokenizer, response)
@@ -101,11 +105,13 @@ def likeliest_tokens(trainer, rollout, k=5):
 class Recorder:
     """`train(..., on_step=Recorder(trainer, prompts, reward_fn))` notes what the policy answers to the same few prompts, with the same
     random numbers, before the first step (when it is made) and after every `every` steps; `likeliest`: with the likeliest tokens of
-    every place, which makes the page four times as large. `frames` is what `show` takes."""
+    every place, which makes the page four times as large. `frames` is what `show` takes; in `file`, if one is given, they are kept as
+    JSON, which `load` reads."""
 
-    def __init__(self, trainer, prompts, reward_fn, every=4, seed=0, likeliest=False):
+    def __init__(self, trainer, prompts, reward_fn, every=4, seed=0, likeliest=False, file=None):
         self.prompts, self.queries = trainer.encode(prompts)
-        self.reward_fn, self.every, self.seed, self.likeliest, self.frames = reward_fn, every, seed, likeliest, []
+        self.reward_fn, self.every, self.seed, self.likeliest, self.file = reward_fn, every, seed, likeliest, file
+        self.frames = []
         self.note(trainer)
 
     def note(self, trainer):
@@ -115,6 +121,8 @@ class Recorder:
         label = f"after {trainer.steps_done} steps" if trainer.steps_done else "before training"
         likeliest = likeliest_tokens(trainer, rollout) if self.likeliest else None
         self.frames.append(frame(rollout, trainer.tokenizer, label, likeliest))
+        if self.file and trainer.accelerator.is_main_process:
+            write_text(self.file, json.dumps(self.frames, ensure_ascii=False))
 
     def __call__(self, trainer, stats):
         if trainer.steps_done % self.every == 0:
@@ -122,6 +130,14 @@ class Recorder:
 
 
 # ---------------------------------------------------------------- the page
+
+
+def load(file):
+    """The frames that a Recorder kept in a file. Raises InputError for any other file."""
+    frames = read_json(file)
+    if not (isinstance(frames, list) and frames and all(isinstance(f, dict) and f.get("rows") for f in frames)):
+        raise InputError(f"{file}: no frames of the inspector; expected a file that Recorder(..., file=...) wrote")
+    return frames
 
 
 def show(frames, signal="advantage"):
