@@ -13,8 +13,11 @@ import time
 import urllib.request
 from pathlib import Path
 
+import nbformat
 import pytest
 from matplotlib.image import imread
+
+from rlhf_helpers.course import inspector
 
 ROOT = Path(__file__).resolve().parent.parent
 SCREENS = ROOT / "output" / "screens"
@@ -178,10 +181,15 @@ def lab(tmp_path_factory):
                 "ServerApp.root_dir": folder / "course", "LabApp.workspaces_dir": folder / "workspaces",
                 "LabApp.expose_app_in_browser": True, "IdentityProvider.token": ""}  # fmt: skip
     own = {"JUPYTER_CONFIG_DIR": folder / "config", "JUPYTER_RUNTIME_DIR": folder / "runtime", "IPYTHONDIR": folder / "ipython",
-           "RLHF_HOME": ROOT, "RLHF_FAST": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": ROOT}  # fmt: skip
+           "JUPYTER_DATA_DIR": folder / "data", "RLHF_HOME": ROOT, "RLHF_FAST": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": ROOT}  # fmt: skip
+    env = os.environ | {k: str(v) for k, v in own.items()}
+    for name in ("trusted", "stored"):
+        inspector_notebook(folder / "course" / f"{name}.ipynb")
+    trust = [sys.executable, "-m", "jupyter", "trust", folder / "course" / "trusted.ipynb"]
+    subprocess.run(trust, check=True, capture_output=True, env=env)
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", *(f"--{k}={v}" for k, v in settings.items())]
     with open(folder / "log", "w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {k: str(v) for k, v in own.items()})
+        server = subprocess.Popen(command, stdout=log, stderr=log, env=env)
     address = f"http://127.0.0.1:{port}"
     try:
         wait_for(lambda: urllib.request.urlopen(f"{address}/api/status", timeout=5).status == 200, "JupyterLab", 90)
@@ -195,6 +203,36 @@ def browser(tmp_path):
     browser = Browser(tmp_path / "profile")
     yield browser
     browser.close()
+
+
+TOUCHED = """(() => { const page = document.querySelector(".rlhf-inspector"), token = page?.querySelectorAll(".text span")[1];
+    token?.dispatchEvent(new MouseEvent("mouseenter"));
+    return { choices: page?.querySelectorAll("select").length, words: page?.querySelector(".text")?.textContent,
+             ground: page && getComputedStyle(page).backgroundColor, foot: page?.querySelector(".foot")?.textContent }; })()"""
+
+
+def inspector_notebook(path):
+    """Writes a notebook whose stored output is the inspector, of two tokens."""
+    numbers = {name: [0.5, -0.5] for name in inspector.SIGNALS}
+    frame = dict(label="", rows=[dict(prompt="Say it.", score=1.0, tokens=["Hello", " there"], numbers=numbers)])
+    output = nbformat.v4.new_output("display_data", {"text/html": inspector.page(frame), "text/plain": "an inspector"})
+    cell = nbformat.v4.new_code_cell("inspector.show(frame)", outputs=[output])
+    kernel = dict(name="python3", display_name="Python 3", language="python")
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=dict(kernelspec=kernel)), path)
+
+
+@pytest.mark.parametrize("trusted", [True, False], ids=["trusted", "as somebody else stored it"])
+def test_an_inspector_is_there_when_a_notebook_is_opened_again_without_a_kernel(lab, browser, trusted):
+    """With its script and JupyterLab's theme where the notebook is trusted, and its text where it is not."""
+    browser.call("Page.navigate", url=f"{lab}/lab/tree/{'trusted' if trusted else 'stored'}.ipynb?reset")
+    wait_for(lambda: browser.evaluate(READY), "the notebook", 120)
+    seen = wait_for(lambda: (now := browser.evaluate(TOUCHED))["words"] and now, "the inspector", 60)
+    assert seen["words"] == "Hello there" and seen["choices"] == (2 if trusted else 0)
+    if trusted:
+        assert "2 of 2" in seen["foot"] and seen["ground"] == "rgb(255, 255, 255)"
+        browser.evaluate("window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'}), null")
+        wait_for(lambda: browser.evaluate(TOUCHED)["ground"] == "rgb(27, 27, 27)", "the dark ground", 60)
+    assert not browser.evaluate("window.jupyterapp.shell.currentWidget.content.model.cells.get(0).executionCount")
 
 
 @pytest.mark.parametrize("notebook, source", FIGURES)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rlhf_helpers.course import inspector
+from rlhf_helpers.errors import InputError
 from tests import tiny
 from tests.test_browser import CHROMIUM, ROOT, Browser
 
@@ -33,6 +34,7 @@ def test_a_frame_has_every_real_token_s_numbers_and_no_pad(stepped):
             kl=rollout.kl, reward=rollout.rewards, advantage=rollout.advantages, value=rollout.values
         ).items():
             assert shown["numbers"][name] == pytest.approx(tensor[row, :length].tolist(), rel=5e-3, abs=1e-9), name
+        assert shown["numbers"]["ratio"] == pytest.approx([0.6487] * length, rel=5e-3)
         assert shown["numbers"]["change"] == pytest.approx([0.5] * length, rel=1e-3)
         assert set(shown["numbers"]) == set(inspector.SIGNALS)
 
@@ -67,6 +69,19 @@ def test_a_recorder_notes_the_same_prompts_with_the_same_random_numbers():
     trainer.train([f"t{i} t{i + 1}" for i in range(4, 20)], reward, steps=4, on_step=recorder)
     assert [frame["label"] for frame in recorder.frames] == ["before training", "after 2 steps", "after 4 steps"]
     assert [row["prompt"] for row in recorder.frames[-1]["rows"]] == prompts
+
+
+def test_what_a_recorder_keeps_in_a_file_is_what_it_noted_so_far(tmp_path):
+    trainer, file = tiny.trainer(), tmp_path / "run" / "recording.json"
+    reward = lambda prompts, texts: [float(len(text)) for text in texts]
+    recorder = inspector.Recorder(trainer, ["t5 t6"], reward, every=1, file=file)
+    assert len(inspector.load(file)) == 1
+    trainer.train([f"t{i} t{i + 1}" for i in range(4, 20)], reward, steps=2, on_step=recorder)
+    assert inspector.load(file) == recorder.frames and len(recorder.frames) == 3
+    for wrong in ("[]", "{}", '[{"rows": []}]', "["):
+        file.write_text(wrong)
+        with pytest.raises(InputError, match="recording.json"):
+            inspector.load(file)
 
 
 def test_recording_does_not_change_the_run():
@@ -150,6 +165,9 @@ def test_it_can_be_touched(stepped, tmp_path):
             "(s=>{s.value=0;s.dispatchEvent(new Event('input'))})(document.querySelector('.rlhf-inspector input'))"
         )
         assert browser.evaluate("document.querySelector('.rlhf-inspector output').textContent") == "first"
+        browser.call("Emulation.setEmulatedMedia", features=[dict(name="prefers-color-scheme", value="dark")])
+        ground = "getComputedStyle(document.querySelector('.rlhf-inspector')).backgroundColor"
+        assert browser.evaluate(ground) == "rgb(27, 27, 27)"
         assert browser.evaluate("window.wrong") == [] and [url for url in browser.requests if not url.startswith("file:")] == []
     finally:
         browser.close()

@@ -143,6 +143,7 @@ def test_code_cells_are_short_and_stand_between_prose(notebook):
     lines = {i: len(cell["source"].splitlines()) for i, cell in cells(notebook, "code")}
     assert median(lines.values()) <= 8
     assert {i: n for i, n in lines.items() if n > 25} == {}
+    assert [line for _, cell in cells(notebook, "code") for line in cell["source"].splitlines() if len(line) > 128] == []
     kinds = [cell["cell_type"] for _, cell in cells(notebook)]
     assert [i for i in range(2, len(kinds)) if kinds[i - 2 : i + 1] == ["code"] * 3] == []
 

@@ -108,7 +108,7 @@ def test_the_tests_for_a_card_pass_on_a_pretended_one(kind):
         ["--deselect", "tests/test_cuda.py::test_the_card_holds_by_part_what_was_computed_and_no_second_model"] if kind else []
     )  # slow in fp16
     printed = on_the_card(*kind, "pytest", "-q", "tests/test_cuda.py", "-m", "cuda", *memory)
-    assert f"{8 if kind else 9} passed" in printed and "skipped" not in printed and "failed" not in printed
+    assert f"{10 if kind else 11} passed" in printed and "skipped" not in printed and "failed" not in printed
 
 
 @pytest.mark.slow
