@@ -13,7 +13,8 @@ def silence():
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
         lambda record: "gemm_4bit_forward from kernels-community" not in record.getMessage()
     )
-    # tqdm 4.70, imported by another package inside a notebook without ipywidgets: it falls back to text by itself.
+    # tqdm 4.70, imported by another package inside a notebook without ipywidgets: it falls back to text by itself. Can go when it
+    # says so no more.
     warnings.filterwarnings("ignore", "IProgress not found")
     # peft 0.21 asks transformers 5.23 for an attribute by its old name, whenever it wraps a model. Can go with peft 0.22.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -65,13 +66,14 @@ def unmap(lm):
 def give_back_large_blocks():
     """Ask glibc to hand freed blocks of 4 MB or more back to the system at once. By itself it keeps them (of up to 32 MB) for
     later, and the pieces fit less and less: without this a step's peak is 200 to 400 MB higher (mallopt(3), M_MMAP_THRESHOLD;
-    from 1 MB on, an update takes a quarter longer). glibc 2.36; elsewhere it does nothing."""
+    from 1 MB on, an update takes a quarter longer). glibc 2.36; elsewhere it does nothing. Can go when tests/test_models.py::
+    test_freed_blocks_of_megabytes_go_back_to_the_system_at_once passes without it."""
     with contextlib.suppress(OSError, AttributeError):  # another system, another allocator
         ctypes.CDLL("libc.so.6").mallopt(-3, 4 * 2**20)
 
 
 def give_back_the_rest():
     """Ask glibc to hand back all that it keeps for later. Worth it after loading: what was left of that is 170 MB in pieces, which
-    nothing fits into (malloc_trim(3))."""
+    nothing fits into (malloc_trim(3); glibc 2.36). Can go when a loaded model's process is no larger without it."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -101,6 +101,8 @@ def test_every_setting_is_one_that_verl_has_and_of_its_kind(handed):
             assert not isinstance(default, int) or isinstance(value, int), key
     config = profile.ppo_config()
     assert settings["actor_rollout_ref.rollout.temperature"] == str(config.temperature)
+    assert settings["trainer.n_gpus_per_node"] == settings["actor_rollout_ref.rollout.tensor_model_parallel_size"] == "1"
+    assert settings["critic.optim.lr"] == str(config.value_learning_rate or config.learning_rate)
     assert settings["algorithm.use_kl_in_reward"] == "true" and settings["algorithm.adv_estimator"] == "gae"
     assert settings["actor_rollout_ref.model.lora_rank"] == "4", "the adapter's own, not the profile's"
     assert settings["+reward.custom_reward_function.reward_kwargs.folder"] == str(Path(reward).resolve())

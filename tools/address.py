@@ -16,10 +16,12 @@ EXPECTED = "expected https://github.com/OWNER/NAME: Colab opens notebooks from t
 def checked(url):
     """The address https://github.com/owner/name of a URL as people and git write it. Raises ValueError for anything else."""
     found = re.fullmatch(
-        r"(?:https://github\.com/|git@github\.com:|ssh://git@github\.com/)([\w.-]+)/([\w.-]+?)(?:\.git)?/?", url.strip()
+        r"(?:https://(?:[^/@]*@)?github\.com/|git@github\.com:|ssh://git@github\.com/)([\w.-]+)/([\w.-]+?)(?:\.git)?/?",
+        url.strip(),
     )
     if not found:
-        raise ValueError(f"{url!r} is no address of a repository; {EXPECTED}")
+        shown = re.sub(r"//[^/@]*@", "//...@", url)  # a password stays unsaid
+        raise ValueError(f"{shown!r} is no address of a repository; {EXPECTED}")
     return f"https://github.com/{found[1]}/{found[2]}"
 
 

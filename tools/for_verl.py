@@ -52,8 +52,8 @@ def reward_model(folder):
     return RewardModel.load(folder)
 
 
-def settings(profile, folder, reward_folder, model):
-    """{verl's key: value} of a PPO run as near to the profile's as verl has settings for. A leading + adds a key."""
+def settings(profile, folder, reward_folder, model, cards=1):
+    """{verl's key: value} of a PPO run as near to the profile's as verl has settings for, on one machine. A leading + adds a key."""
     config, adapter = profile.ppo_config(), folder / "adapter"
     lora = dict(r=profile.lora_r, lora_alpha=profile.lora_alpha, target_modules=list(profile.lora_targets))
     if adapter.is_dir():
@@ -82,6 +82,7 @@ def settings(profile, folder, reward_folder, model):
         "critic.model.path": model,
         f"critic.ppo_{micro}": config.mini_batch_size,
         "critic.cliprange_value": config.cliprange_value,
+        "critic.optim.lr": config.value_learning_rate or config.learning_rate,
         "algorithm.adv_estimator": "gae",
         "algorithm.gamma": config.gamma,
         "algorithm.lam": config.lam,
@@ -91,6 +92,10 @@ def settings(profile, folder, reward_folder, model):
         "reward.custom_reward_function.path": str(Path(__file__).resolve()),
         "reward.custom_reward_function.name": "compute_score",
         "+reward.custom_reward_function.reward_kwargs.folder": str(reward_folder),
+        f"{rollout}.tensor_model_parallel_size": 1,  # by default two cards share a sampler
+        "trainer.nnodes": 1,
+        "trainer.n_gpus_per_node": cards,
+        "trainer.logger": ["console"],
     }
     return keys | ({"actor_rollout_ref.model.lora_adapter_path": str(adapter)} if adapter.is_dir() else {})
 
@@ -101,7 +106,7 @@ def command(keys):
     return shlex.join(["python", "-m", "verl.trainer.main_ppo", *(f"{key}={written(value)}" for key, value in keys.items())])
 
 
-def hand_over(folder, profile, checkpoint=None):
+def hand_over(folder, profile, checkpoint=None, cards=1):
     """Write everything into `folder`. Raises InputError, having written nothing, if the checkpoint has no adapters."""
     from rlhf_helpers.models import resolve
 
@@ -116,7 +121,7 @@ def hand_over(folder, profile, checkpoint=None):
         shutil.copy(Path(checkpoint) / name, folder / "adapter" / name)
     save_jsonl(folder / "train.jsonl", rows(prompts, "train", profile.system))
     save_jsonl(folder / "val.jsonl", rows(heldout, "val", profile.system))
-    keys = settings(profile, folder, (root / profile.reward_model).resolve(), resolve(profile.model))
+    keys = settings(profile, folder, (root / profile.reward_model).resolve(), resolve(profile.model), cards)
     (folder / "command.txt").write_text(command(keys) + "\n", encoding="utf-8")
     return folder
 
@@ -125,9 +130,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder")
     parser.add_argument("--profile", default="gpu", help=f"{' or '.join(PROFILES)} (default: gpu)")
+    parser.add_argument("--cards", type=int, default=1, help="of the machine that verl will run on (default: 1)")
     parser.add_argument("--checkpoint", help="a folder of adapters to go on from (default: new ones)")
     options = parser.parse_args()
     try:
-        print(f"written to {hand_over(options.folder, profile_named(options.profile), options.checkpoint)}")
+        print(f"written to {hand_over(options.folder, profile_named(options.profile), options.checkpoint, options.cards)}")
     except InputError as error:
         parser.exit(2, f"error: {error}\n")

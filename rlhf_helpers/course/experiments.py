@@ -81,6 +81,7 @@ PRICES = {
 
 ADVANTAGES = {  # where the advantage comes from; "value head" with an answer a prompt is the headline's
     "value_head_four_answers": dict(settings=FOUR),
+    "no_baseline": dict(advantages="no_baseline"),
     "batch_mean": dict(advantages="batch_mean"),
     "leave_one_out": dict(settings=FOUR, advantages="leave_one_out"),
     "group_mean": dict(settings=FOUR, advantages="group_mean"),
