@@ -57,6 +57,24 @@ def test_the_wheel_holds_the_whole_package_its_licence_and_nothing_else(wheel):
     assert info + "licenses/LICENSE" in names
 
 
+def test_an_empty_environment_gets_from_the_wheel_all_that_it_needs(wheel, tmp_path):
+    """With nothing else in it, and at the tested versions."""
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    python = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
+    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", ROOT / "constraints.txt", wheel]
+    subprocess.run(install, check=True, capture_output=True)
+    (tmp_path / "elsewhere").mkdir()
+    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RLHF_HOME")}
+    for argument, said in (
+        ("--help", "--kl_budget"),
+        ("--version", rlhf_helpers.__version__),
+        ("--check", "run here on data of"),
+    ):
+        run = [python, "-m", "rlhf_helpers", argument]
+        done = subprocess.run(run, cwd=tmp_path / "elsewhere", env=env, capture_output=True, text=True)
+        assert done.returncode == 0 and said in done.stdout, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"]])
 def test_help_and_version_work_anywhere(arguments, installed, tmp_path):
     done = installed(tmp_path, *arguments)
