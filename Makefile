@@ -9,7 +9,9 @@ ARGS ?=
 WORKERS ?= 2
 
 PY := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)/python
-PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(PY) -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
+# What pip does with one core, a file after the other, in half a minute less; nothing is lost where it fails.
+COMPILE := -$(PY) -c 'import compileall, sysconfig; compileall.compile_dir(sysconfig.get_path("purelib"), quiet=2, workers=0)'
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 PYTEST := $(PY) -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
 MODELS := $(foreach name,smollm2-135m-instruct minilm-l6-v2,output/models/$(name)/config.json)
@@ -74,14 +76,16 @@ $(VENV)/.venv:
 $(VENV)/.core: $(VENV)/.venv pyproject.toml constraints.txt
 	@echo "setting up: torch, transformers, peft, bitsandbytes, accelerate (about a minute)"
 ifneq ($(TORCH_INDEX),)
-	$(PY) -m pip install --quiet --disable-pip-version-check --index-url $(TORCH_INDEX) $(TORCH)
+	$(PY) -m pip install --quiet --no-compile --disable-pip-version-check --index-url $(TORCH_INDEX) $(TORCH)
 endif
 	$(PIP) -e .
+	$(COMPILE)
 	touch $@
 
 $(VENV)/.lab $(VENV)/.test: $(VENV)/.%: $(VENV)/.core Makefile
 	@echo "setting up: packages for $*"
 	$(PIP) -e ".[lab,test,trl]"
+	$(COMPILE)
 	touch $@
 
 $(VENV)/.all: $(VENV)/.test

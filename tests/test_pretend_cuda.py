@@ -78,7 +78,7 @@ def test_what_a_card_allows_is_allowed():
 
 def on_the_card(*arguments, **variables):
     """Run `python -m tests.pretend_cuda`; what it printed, if all went well."""
-    environment = {**os.environ, "RLHF_FAST": "1", "OMP_NUM_THREADS": "2", **variables}
+    environment = {**os.environ, "RLHF_FAST": "1", **variables}
     command = [sys.executable, "-W", "ignore", "-m", "tests.pretend_cuda", *map(str, arguments)]
     ran = subprocess.run(
         command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=900
@@ -115,7 +115,8 @@ def test_the_tests_for_a_card_pass_on_a_pretended_one(kind):
 def test_the_script_runs_on_the_card(tmp_path):
     ensure_reward_model()
     save_jsonl(tmp_path / "heldout.jsonl", [{"prompt": "Tell me about tea."}, {"prompt": "Name a colour."}])
-    printed = on_the_card("rlhf_helpers", "--steps", 2, "--heldout", tmp_path / "heldout.jsonl", "--output", tmp_path / "run")
+    short = "--steps 2 --batch_size 4 --mini_batch_size 2 --max_new_tokens 12".split()
+    printed = on_the_card("rlhf_helpers", *short, "--heldout", tmp_path / "heldout.jsonl", "--output", tmp_path / "run")
     assert "step   2/2" in printed and (tmp_path / "run" / "checkpoint" / "adapter_model.safetensors").is_file()
 
 
@@ -138,8 +139,13 @@ def home(tmp_path_factory):
     return home
 
 
+ON_THE_CARD = ("00", "02", "05")  # whose pages the GPU profile has not, and the loop; the others run with it, below
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "notebook", [page for page in NOTEBOOKS if page.name.startswith(ON_THE_CARD)], ids=lambda path: path.stem
+)
 def test_the_notebooks_run_on_the_card(notebook, home):
     on_the_card(notebook, RLHF_HOME=str(home))
 
