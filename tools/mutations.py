@@ -147,7 +147,8 @@ def first_failure(source, fault=None):
         order = dict.fromkeys([*(fault.tests.split() if fault else ()), *TESTS])
         options = ["-o", "addopts=", "-p", "no:nbval", "-p", "no:cacheprovider", "-m", "not slow", "-x", "-q"]
         command = [sys.executable, "-c", PYTEST, str(copy), *options, *(f"tests/test_{name}.py" for name in order)]
-        environment = os.environ | {"PYTHONPATH": str(copy), "PYTEST_ADDOPTS": "", "OMP_NUM_THREADS": "1"}
+        alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # no worker of ours
+        environment = alone | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
         started = time.perf_counter()
         run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=600)
         seconds = time.perf_counter() - started
