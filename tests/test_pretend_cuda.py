@@ -139,7 +139,7 @@ def home(tmp_path_factory):
     return home
 
 
-ON_THE_CARD = ("00", "02", "05")  # whose pages the GPU profile has not, and the loop; the others run with it, below
+ON_THE_CARD = ("00", "02")  # which the GPU profile has not; the others run with it, below
 
 
 @pytest.mark.slow
