@@ -94,9 +94,8 @@ def packages():
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
     needed = all(found[name] != "not installed" for name in names[:5] if name != "bitsandbytes")  # `four_bit` speaks of it
-    return needed, "packages: " + ", ".join(
-        f"{name} {version}" for name, version in found.items()
-    ) + " (trl: notebooks 06 and 08)"
+    listed = ", ".join(f"{name} {version}" for name, version in found.items())
+    return needed, f"packages: {listed} (trl: notebooks 06 and 08)"
 
 
 def devices():

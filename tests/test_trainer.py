@@ -466,7 +466,6 @@ def test_the_kl_coefficient_follows_the_controller_from_step_to_step():
 
 def test_a_kl_that_is_no_number_leaves_the_kl_coefficient_alone():
     trainer = tiny.trainer(tiny.with_lora(tiny.llama(), b_scale=0.2), adap_kl_ctrl=True, target=1.0, horizon=50.0)
-    torch.nn.init.constant_(trainer.model.v_head.summary.weight, 0.0)
     collect = trainer._collect
 
     def poisoned(*args, **kwargs):
