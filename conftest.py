@@ -1,6 +1,6 @@
 """How tests run: on the CPU, whose numbers they know, and on a CUDA card just those that are asked for with `-m cuda`.
-Notebooks make fewer steps (RLHF_FAST=1), and stop at their first crash. `make test` runs two files at a time, long ones
-first; each has its share of the cores."""
+Notebooks make fewer steps with shorter answers (RLHF_FAST=1), and stop at their first crash. `make test` runs two files at a
+time, long ones first; each has its share of the cores."""
 
 import os
 from collections import Counter
@@ -24,7 +24,7 @@ def pytest_configure(config):
         config.option.nbval_sanitize_with = str(config.rootpath / sanitize)
     if config.option.markexpr != "cuda":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when torch first looks for a card, which is later
-    os.environ.setdefault("RLHF_FAST", "1")  # kernels inherit it
+    os.environ.pop("RLHF_FAST", None)  # the package's own tests see the profiles as they are
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // workers)))
@@ -42,7 +42,12 @@ def pytest_collection_modifyitems(config, items):
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
     """Where the course's reward model is missing (`make test` makes it first), one notebook makes it, and others wait for it."""
-    reads = type(item).__name__ == "IPyNbCell" or item.get_closest_marker("browser")
+    cell = type(item).__name__ == "IPyNbCell"
+    if cell:
+        os.environ["RLHF_FAST"] = "1"  # the kernel, which starts with the first cell, inherits it
+    else:
+        os.environ.pop("RLHF_FAST", None)
+    reads = cell or item.get_closest_marker("browser")
     if fcntl is None or REWARD_MODEL.exists() or not reads:
         return (yield)
     with open(__file__) as file:  # any file will do

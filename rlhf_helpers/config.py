@@ -121,8 +121,8 @@ class PPOConfig:
 
 
 def steps_of_this_run(full, fast):
-    """What a notebook takes of steps, prompts or pairs: `full`, or `fast` where RLHF_FAST=1 is set, as it is when notebooks run as
-    tests. It is the only thing that the short setting changes."""
+    """What a notebook takes of steps, prompts, pairs or tokens: `full`, or `fast` where RLHF_FAST=1 is set, as it is when notebooks
+    run as tests. It is the only thing that the short setting changes."""
     return fast if os.environ.get("RLHF_FAST") == "1" else full
 
 
@@ -164,7 +164,7 @@ CPU = Profile(
         kl_budget=9.0,  # the run ends past this mean of four steps; on test prompts the policies were then at 8.6 to 12.2 nats
         max_grad_norm=1.0,
         temperature=0.7,  # at 1.0 a model this small rambles
-        max_new_tokens=64,  # 6 of 10 answers of the untrained model end within them
+        max_new_tokens=steps_of_this_run(64, 32),  # 6 of 10 answers of the untrained model end within them
     ),
 )
 

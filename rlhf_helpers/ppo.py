@@ -65,7 +65,7 @@ def entropy_from_logits(logits, mask, temperature=1.0, chunk=128):
 def kl_per_token(logprobs, ref_logprobs, kind="kl"):
     """The penalised quantity per token, (B, T): "kl" is the estimator k1 = log pi - log pi_ref, "abs" its size, "mse"
     half its square. (k1 may be negative on a token; its mean over samples of the policy is the KL divergence. k3 is not
-    offered: inside the reward its pull towards the reference vanishes near the reference.)"""
+    offered: inside the reward its pull vanishes much faster near the reference.)"""
     difference = logprobs - ref_logprobs
     if kind == "kl":
         return difference

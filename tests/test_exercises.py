@@ -69,9 +69,11 @@ WRONG = {
         ("(6.98e9 + 0.262e9) * 4 / 8 / 1e9", "the scales are missing"),
     ],
     "check_difference_for_90_percent": [("0.9", "0.9 is the probability"), ("-math.log(0.9)", "that is the loss")],
-    "check_two_label_score": [
-        ("lambda logits: logits[:, 1] - logits[:, 0]", "the probability is its sigmoid"),
-        ("lambda logits: torch.sigmoid(logits[:, 1])", "label 0 matters too"),
+    "check_good_log_odds": [
+        ("lambda logits: logits.log_softmax(1)[:, 2]", "odds are against the *other* two"),
+        ("lambda logits: logits.softmax(1)[:, 2]", "squeezed into 0 to 1"),
+        ("lambda logits: logits[:, 2] - logits[:, 0] - logits[:, 1]", "probabilities are added"),
+        ("lambda logits: logits[:, 2] - logits[:, :2].amax(1)", "the other counts, too"),
     ],
     "check_full_stop_reward": [
         ("lambda prompts, responses: [float(response.endswith('.')) for response in responses]", "strip it first"),

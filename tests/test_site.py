@@ -76,13 +76,22 @@ def test_every_stored_output_is_on_the_page(site, pages, notebook):
         found = images(output)
         if html:
             tags = lambda part: [(tag.name, tag.get("id")) for tag in BeautifulSoup(part, "html.parser").find_all(True)]
-            own = tags(html)
+            own = tags(re.sub("^<style>[^<]*</style>", "", html))  # colours of code, which are the page's own
             assert any(tags(str(box))[1:] == own for box in page.select(".output_html")), f"cell {i}"
         elif found:
             assert set(found.values()) <= pictures, f"cell {i}"
         else:
             plain = output.get("text") or output.get("data", {}).get("text/plain", "")
             assert words(re.sub(r"\x1b\[[\d;]*m", "", "".join(plain))) in text, f"cell {i}"
+
+
+def test_no_output_colours_the_page_around_it(pages):
+    """IPython's `Code` brings rules such as `.output_html { background: #f8f8f8; }`, which whiten the boxes of all other outputs."""
+    for name, page in pages.items():
+        rules = [
+            rule for style in page.select(".output_html style:not([scoped])") for rule in re.findall(r"[^{}]+(?={)", style.text)
+        ]
+        assert [rule for rule in rules if "inspector" not in rule and "@media" not in rule] == [], name
 
 
 def test_the_stored_scripts_are_as_they_were_stored(site):
@@ -310,7 +319,8 @@ STATE = """(async () => { await document.fonts.ready; const page = document.docu
         return element.getBoundingClientRect().right > innerWidth + 1; });
     return { wrong, width: page.scrollWidth, window: innerWidth, cut: cut.map(element => element.outerHTML.slice(0, 200)),
              broken: [...document.images].filter(image => !image.complete || !image.naturalWidth).map(image => image.src.slice(0, 100)),
-             wide: [...document.images].filter(image => image.getBoundingClientRect().width > innerWidth).length,
+             wide: [...document.images].filter(image => image.getBoundingClientRect().width > innerWidth
+                 && getComputedStyle(image.closest("p, .output_picture")).overflowX !== "auto").length,
              touched: [...document.querySelectorAll(".rlhf-inspector")].map(box => box.querySelectorAll("select").length),
              fonts: [...document.fonts].filter(font => font.status === "error").length }; })()"""
 

@@ -62,6 +62,8 @@ def mathml(tex, display):
             del element.attrib["mathvariant"]
         if element.tag == MATHML + "mo" and element.text == "|" and "form" not in element.attrib:
             element.attrib.update(lspace="0", rspace="0")
+        if element.tag == MATHML + "mo" and element.text == "\u2016":  # of a norm: as high as its letters
+            element.attrib.update(stretchy="false", lspace="0", rspace="0")
         if name := function(element):
             word = element[0] if len(element) else element
             word.tag, word.text = MATHML + "mi", name
@@ -183,6 +185,7 @@ class Exporter(HTMLExporter):
         )
         self.register_filter("markdown2html", self.page.markdown)
         self.register_filter("flow", flow)
+        self.register_filter("without_colours", without_colours)
 
     def default_filters(self):
         yield from (pair for pair in super().default_filters() if pair[0] != "markdown2html")
@@ -192,6 +195,11 @@ def flow(text):
     """Whether an output is prose, whose lines wrap, or has columns (or code), which scroll: two spaces in a row tell those, but in
     lines longer than code has."""
     return "prose" if "  " not in text or max(map(len, text.splitlines())) > 130 else "columns"
+
+
+def without_colours(html):
+    """An output of IPython's `Code` without its own colours, which hold for the whole page, and for a light ground alone."""
+    return re.sub(r'<style>[^<]*</style>(?=<div class="highlight">)', "", html)
 
 
 # ---------------------------------------------------------------- pages
@@ -250,7 +258,11 @@ class Page:
         return url
 
     def markdown(self, text):
-        return MarkdownWithMath(renderer=Renderer(self)).render(text)
+        """As HTML. No line begins with the comma after a formula."""
+        html = MarkdownWithMath(renderer=Renderer(self)).render(text)
+        return re.sub(
+            r'(<math(?![^>]*display="block")[^>]*>(?:(?!</math>).)*</math>[,.;:?!)]+)', r"<span class='whole'>\1</span>", html
+        )
 
     def body(self):
         """(HTML, {file beside the page: bytes}). Raises ValueError for a link that leads nowhere."""

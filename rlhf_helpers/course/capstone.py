@@ -15,7 +15,7 @@ from rlhf_helpers.course.gold import gold_reward, is_whole, warm_words
 from rlhf_helpers.course.runs import Log, logs_of, read_log
 from rlhf_helpers.data import load_preferences
 from rlhf_helpers.evaluation import chosen_of, paired_gain
-from rlhf_helpers.intervals import mean_interval
+from rlhf_helpers.intervals import mean_interval, two_level_interval
 
 PAIRS = 50
 BUDGET = CPU.ppo_config().kl_budget  # nats, of the healthy run and of the one with a bug
@@ -266,10 +266,11 @@ def gains(logs):
     """Rows of gold gained over the untrained model on the 120 test prompts, two answers to each, with its interval."""
     base, rows = logs_of("base", "test")[0], {}
     for name, log in ({"untrained": base} | logs).items():
-        gain, (low, high) = mean_interval(log.by_prompt(log.gold).mean(1) - base.by_prompt(base.gold).mean(1))
+        gain, (low, high) = two_level_interval([log.by_prompt(log.gold).mean(1) - base.by_prompt(base.gold).mean(1)])
         gained = ("", "") if log is base else (f"{gain:+.2f}", f"{low:+.2f} to {high:+.2f}")
+        warm = np.mean([min(warm_words(text), 3) for text in log.after["responses"]])  # as many as count
         rows[name] = {"gold gained": gained[0], "95 % interval": gained[1], "KL": f"{log.kl:.1f}",
-                      "finished": f"{log.whole:.0%}", "warm words": f"{np.mean(list(map(warm_words, log.after['responses']))):.2f}"}  # fmt: skip
+                      "finished": f"{log.whole:.0%}", "warm words": f"{warm:.2f}"}  # fmt: skip
     return rows
 
 

@@ -110,7 +110,7 @@ def plane(*experiments, names=None):
         colour, marker = COLOURS[number % len(COLOURS)], "os^DvP*"[number % 7]
         axis.scatter(kl, height, color=colour, marker=marker, s=26, label=(names or {}).get(condition, condition), zorder=3)
     axis.set_xlabel("KL, nats an answer (axis: its square root)", fontsize=9)
-    axis.set_ylabel("gold on test prompts, mean of a run", fontsize=9)
+    axis.set_ylabel(f"gold on {logs[0].after['split']} prompts, mean of a run", fontsize=9)
     most = max(log.kl for log in logs)
     ticks = [t for t in (0, 0.25, 1, 2, 4, 6, 9, 12, 16, 25, 50, 100, 200) if t <= 1.2 * most + 1]
     axis.set_xticks([math.sqrt(t) for t in ticks], [f"{t:g}" for t in ticks])

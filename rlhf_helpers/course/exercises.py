@@ -76,19 +76,23 @@ def check_difference_for_90_percent(answer):
     number(answer, math.log(9), hints, within=0.01, praise="log(0.9 / 0.1) = log 9 = 2.197")
 
 
-def check_two_label_score(answer):
-    """A function logits (B, 2) -> scores (B,), without softmax."""
+def check_good_log_odds(answer):
+    """A function logits (B, 3) of bad, fair, good -> log-odds of good against the other two (B,)."""
     import torch
 
-    logits = torch.tensor([[0.0, 0.0], [1.0, 3.0], [2.0, -1.0]])
+    logits = torch.tensor([[0.0, 0.0, 0.0], [1.0, -1.0, 3.0], [0.5, 2.0, -1.0]])
+    right = lambda z: z[:, 2] - z[:, :2].logsumexp(1)
     hints = [
-        (lambda z: torch.sigmoid(z[:, 0] - z[:, 1]), "that is the probability of label 0: label 1 is the good one here"),
-        (lambda z: torch.sigmoid(z[:, 1]), "label 0 matters too: only the difference of the logits counts"),
-        (lambda z: z[:, 1] - z[:, 0], "that is the log-odds, a fine score; the probability is its sigmoid"),
-        (lambda z: z.argmax(1), "argmax throws the size away: nearly all responses would get the same score"),
-        (lambda z: z.softmax(1), "both labels came back; a score is one number a response, shape (B,)"),
+        (lambda z: -right(z), "the sign: good goes up, the other two go down"),
+        (lambda z: z.log_softmax(1)[:, 2], "that is good's log-probability; odds are against the *other* two alone"),
+        (lambda z: z.softmax(1)[:, 2], "that is a probability, squeezed into 0 to 1: the log-odds are wanted"),
+        (lambda z: z[:, 2] - z[:, 0], "fair counts, too: the others' probabilities are added"),
+        (lambda z: z[:, 2] - z[:, 0] - z[:, 1], "probabilities are added, and logits are logs: logsumexp of the two"),
+        (lambda z: z[:, 2] - z[:, :2].mean(1), "not the mean of the logits: logsumexp adds what they are the logs of"),
+        (lambda z: z[:, 2] - z.logsumexp(1), "that is good's log-probability; odds are against the *other* two alone"),
+        (lambda z: z[:, 2] - z[:, :2].amax(1), "the larger one alone is close, but the other counts, too: logsumexp"),
     ]
-    function(answer, [((logits,), logits.softmax(1)[:, 1])], hints, praise="softmax over two labels is a sigmoid of the difference")
+    function(answer, [((logits,), right(logits))], hints, praise="with two labels, the same is the difference of the logits")
 
 
 def check_full_stop_reward(answer):

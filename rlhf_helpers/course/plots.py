@@ -211,19 +211,26 @@ def training_curves(history, curves=CURVES, title=None, limits=None, width=4):
             axis.plot(steps, running_mean(numbers, width), color=colour, linewidth=1.8, label=label or f"mean of {width} steps")
         limit = (limits or {}).get(key)
         if limit is not None and np.isfinite(limit):
-            axis.axhline(limit, color=GREY, linewidth=1, linestyle="--")
-            axis.annotate(f"limit {limit:g}", (1, limit), (0, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
-                          ha="right", fontsize=SMALL, color=GREY)  # fmt: skip
+            draw_limit(axis, limit)
         axis.set_title(name)
         axis.xaxis.get_major_locator().set_params(integer=True)
     for axis in axes.flat[len(curves) :]:
         axis.set_visible(False)
-    axes[-1, 0].set_xlabel("step" if len(runs) == 1 else f"step; dark: mean of {width}")
+    for axis in axes[-1]:
+        axis.set_xlabel("step" if len(runs) == 1 else f"step; dark: mean of {width}")
     if any(runs.values()):
         legend(figure)
     if title:
         figure.suptitle(title, fontsize=TEXT, x=0.99, ha="right")
     return figure
+
+
+def draw_limit(axis, limit):
+    """A dashed line with its number at the left end, where a run has just begun, and room for it below the title."""
+    axis.axhline(limit, color=GREY, linewidth=1, linestyle="--")
+    axis.margins(y=0.15)
+    axis.annotate(f"limit {limit:g}", (0, limit), (3, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
+                  fontsize=SMALL, color=GREY)  # fmt: skip
 
 
 def limits_of(config):

@@ -3,7 +3,7 @@
 
 import numpy as np
 
-from rlhf_helpers.course.plots import BLUE, GREY, ORANGE, RED, SMALL, legend, new_figure, over_lines, running_mean
+from rlhf_helpers.course.plots import BLUE, GREY, ORANGE, RED, SMALL, draw_limit, legend, new_figure, over_lines, running_mean
 from rlhf_helpers.intervals import quantiles
 
 COLOURS = (RED, ORANGE)
@@ -28,9 +28,7 @@ def of_seeds(runs, curves, limits=None, named=(), width=4):
             if name in named:
                 over_lines(axis.annotate(f" {name}", (len(line), line[-1]), color=colour, fontsize=SMALL, va="center"))
         if key in (limits or {}):
-            axis.axhline(limits[key], color=GREY, linewidth=1, linestyle="--")
-            axis.annotate(f"limit {limits[key]:g}", (0, limits[key]), (2, 2), xycoords=("axes fraction", "data"),
-                          textcoords="offset points", fontsize=SMALL, color=GREY)  # fmt: skip
+            draw_limit(axis, limits[key])
         axis.set_title(title)
         axis.xaxis.get_major_locator().set_params(integer=True)
     for axis in axes.flat[len(curves) :]:
