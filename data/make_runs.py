@@ -27,18 +27,37 @@ sys.path.insert(0, str(HERE.parent))
 
 from rlhf_helpers.config import CPU, project_root
 from rlhf_helpers.course.experiments import EXPERIMENTS, Run, log_file, missing
-from rlhf_helpers.course.runs import KEPT, SPLITS, write_log
+from rlhf_helpers.course.runs import KEPT, SPLITS, read_log, write_log
 from rlhf_helpers.data import load_preferences, load_prompts
 from rlhf_helpers.machine import processor
+from rlhf_helpers.run import digest_of_folder
+
+JUDGE = project_root() / "output" / "reward_model_pairwise"  # training it anew may give slightly other weights: 1 or 2 threads
 
 
 def evaluated(trainer, split, samples, **options):
-    """What the policy writes to the prompts of a split, with scores and KL; `options` of `evaluate`."""
+    """What the policy writes to the prompts of a split, with scores and KL; `options` of `evaluate`. `judge` tells reward models apart."""
     from rlhf_helpers.evaluation import evaluate
     from rlhf_helpers.reward import ensure_reward_model
 
     found = evaluate(trainer, load_prompts(project_root() / SPLITS[split]), ensure_reward_model(), samples, **options)
-    return dict(split=split, responses=found.responses, rewards=found.rewards.tolist(), kl=found.kl.tolist())
+    judge = digest_of_folder(JUDGE)
+    return dict(split=split, responses=found.responses, rewards=found.rewards.tolist(), kl=found.kl.tolist(), judge=judge)
+
+
+def rescore(folder):
+    """Score the last evaluation of every log again, by the reward model in `folder`, so that all have one judge; what a run was trained
+    on stays as it was."""
+    from rlhf_helpers.reward import RewardModel
+
+    reward_model, judge = RewardModel.load(folder), digest_of_folder(folder)
+    for path in sorted((project_root() / "data" / "runs").glob("*/*.jsonl.gz")):
+        log = read_log(path)
+        if log.after.get("judge") != judge:
+            rewards = reward_model(log.judged, log.after["responses"]).tolist()
+            moved = max(abs(new - old) for new, old in zip(rewards, log.after["rewards"], strict=True))
+            write_log(path, log.head, log.steps, log.after | dict(rewards=rewards, judge=judge))
+            print(f"{path.parent.name}/{path.name}: moved by up to {moved:.3f}", flush=True)
 
 
 def make(run):
@@ -74,6 +93,8 @@ def make(run):
     after = evaluated(judge, run.split, run.samples)
     head = dict(experiment=run.experiment, condition=run.condition, seed=run.seed, config=vars(config), profile=run.profile)
     head |= dict(seconds=round(seconds, 1))
+    if run.reward == "model":
+        head |= dict(reward_model=digest_of_folder(JUDGE))
     write_log(
         log_file(run),
         head | dict(advantages=run.advantages, reward=run.reward, change=run.change, machine=processor()),
@@ -128,8 +149,13 @@ def main():
     parser.add_argument("--only", nargs="+", metavar="EXPERIMENT", choices=list(EXPERIMENTS))
     parser.add_argument("--seeds", nargs="+", type=int)
     parser.add_argument("--conditions", nargs="+", metavar="CONDITION", help="of the experiments named, these alone")
+    parser.add_argument(
+        "--rescore", metavar="FOLDER", help="score every log's last evaluation by the reward model in this folder"
+    )
     parser.add_argument("--part", type=part, default=(1, 1), metavar="K/N", help="every N-th run, from the K-th on")
     options = parser.parse_args()
+    if options.rescore:
+        return rescore(options.rescore)
     names = options.only or list(EXPERIMENTS)
     known = list(dict.fromkeys(run.condition for name in names for run in EXPERIMENTS[name]))
     if unknown := [condition for condition in options.conditions or () if condition not in known]:
