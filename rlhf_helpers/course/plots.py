@@ -302,7 +302,7 @@ def clipped_objective(cliprange=0.2, ratios=None, advantages=None, reach=1.0):
         edge = 1 + sign * cliprange
         flat = (edge, grid[-1]) if sign > 0 else (grid[0], edge)
         axis.axvspan(*flat, color=GREY, alpha=0.15, linewidth=0)
-        above = 0.86 if sign > 0 else 0.06
+        above = 0.86 if sign > 0 else 0.5
         axis.text(
             np.mean(flat), above, "clipped: no gradient", ha="center", fontsize=SMALL, transform=axis.get_xaxis_transform()
         )
