@@ -13,7 +13,8 @@ cores). Seconds in the logs are then those of half a machine.
 
 A log (rlhf_helpers/course/runs.py reads it) has the settings, every step's stats, prompts, texts and scores, and the texts of the
 last evaluation, so that another rule can be applied to a run later. Recipes are compared on the dev prompts with seeds from 100;
-the frozen recipe, and what is compared with it, ends with the test prompts, which nothing else reads."""
+the frozen recipe, and what is compared with it, ends with the test prompts, on which nothing is chosen. `reward_model` in a log's
+head tells which reward model a run was trained on, `judge` in its last line which one scored its last evaluation."""
 
 import argparse
 import math
@@ -29,6 +30,7 @@ from rlhf_helpers.config import CPU, project_root
 from rlhf_helpers.course.experiments import EXPERIMENTS, Run, log_file, missing
 from rlhf_helpers.course.runs import KEPT, SPLITS, read_log, write_log
 from rlhf_helpers.data import load_preferences, load_prompts
+from rlhf_helpers.files import find_whole
 from rlhf_helpers.machine import processor
 from rlhf_helpers.run import digest_of_folder
 
@@ -41,7 +43,7 @@ def evaluated(trainer, split, samples, **options):
     from rlhf_helpers.reward import ensure_reward_model
 
     found = evaluate(trainer, load_prompts(project_root() / SPLITS[split]), ensure_reward_model(), samples, **options)
-    judge = digest_of_folder(JUDGE)
+    judge = digest_of_folder(find_whole(JUDGE))
     return dict(split=split, responses=found.responses, rewards=found.rewards.tolist(), kl=found.kl.tolist(), judge=judge)
 
 
@@ -50,7 +52,7 @@ def rescore(folder):
     on stays as it was."""
     from rlhf_helpers.reward import RewardModel
 
-    reward_model, judge = RewardModel.load(folder), digest_of_folder(folder)
+    reward_model, judge = RewardModel.load(folder), digest_of_folder(find_whole(folder))
     for path in sorted((project_root() / "data" / "runs").glob("*/*.jsonl.gz")):
         log = read_log(path)
         if log.after.get("judge") != judge:
@@ -94,7 +96,7 @@ def make(run):
     head = dict(experiment=run.experiment, condition=run.condition, seed=run.seed, config=vars(config), profile=run.profile)
     head |= dict(seconds=round(seconds, 1))
     if run.reward == "model":
-        head |= dict(reward_model=digest_of_folder(JUDGE))
+        head |= dict(reward_model=digest_of_folder(find_whole(JUDGE)))
     write_log(
         log_file(run),
         head | dict(advantages=run.advantages, reward=run.reward, change=run.change, machine=processor()),

@@ -184,7 +184,7 @@ def train_reward_model(pairs, folder, **options):
 
 
 def base_samples(pairs):
-    """(prompts, responses): the different responses in the pairs."""
+    """(prompts, responses): the different responses in the pairs, a text under two prompts twice."""
     samples = dict.fromkeys((pair["prompt"], pair[side]) for pair in pairs for side in ("chosen", "rejected"))
     return tuple(map(list, zip(*samples)))
 

@@ -89,7 +89,6 @@ def check_good_log_odds(answer):
         (lambda z: z[:, 2] - z[:, 0], "fair counts, too: the others' probabilities are added"),
         (lambda z: z[:, 2] - z[:, 0] - z[:, 1], "probabilities are added, and logits are logs: logsumexp of the two"),
         (lambda z: z[:, 2] - z[:, :2].mean(1), "not the mean of the logits: logsumexp adds what they are the logs of"),
-        (lambda z: z[:, 2] - z.logsumexp(1), "that is good's log-probability; odds are against the *other* two alone"),
         (lambda z: z[:, 2] - z[:, :2].amax(1), "the larger one alone is close, but the other counts, too: logsumexp"),
     ]
     function(answer, [((logits,), right(logits))], hints, praise="with two labels, the same is the difference of the logits")

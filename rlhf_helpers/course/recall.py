@@ -211,7 +211,7 @@ QUESTIONS = {
             ("look for what differs between the two passes", "A temperature, a shift by one place, another model: at the first pass every ratio is 1.", FIRST_PASS),
         ),
         question(
-            "Somebody's reward model ranks 95 % of held-out pairs correctly, after pairs, not prompts, were shuffled and split. What do you ask?", "A",
+            "Somebody's reward model ranks 95 % of held-out pairs correctly, after the pairs were shuffled and split. What do you ask?", "A",
             ("whether the prompts are held out, too", "A prompt with several records lands on both sides: nine in ten did.", SPLIT),
             ("how many epochs it was trained", "More epochs would not explain it on pairs that are truly new. These may not be.", SPLIT),
             ("nothing: 95 % beats ours", "On whose pairs, and prompts that it knew? Without that a share says little.", SPLIT),
