@@ -66,3 +66,6 @@ def test_the_plane_has_a_dot_for_every_run_and_best_of_n_as_a_line(home):
     assert [text.get_text() for text in axis.texts] == ["untrained", "best of 2", "best of 4"]
     assert len(axis.lines[0].get_xdata()) == 3
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["value head", "beta_1"]
+    one = compare.plane("headline", "dpo", names=dict.fromkeys(("frozen", "beta_1"), "all"), marks={"beta_1": "1"}).axes[0]
+    assert [len(scatter.get_offsets()) for scatter in one.collections] == [3]  # one word, one colour
+    assert [(text.get_text(), text.xy) for text in one.texts if text.get_text() == "1"] == [("1", (1.0, 0.0))]

@@ -86,9 +86,10 @@ def not_made(*experiments):
 # ---------------------------------------------------------------- the figure
 
 
-def plane(*experiments, names=None):
+def plane(*experiments, names=None, marks=None):
     """Gold over the square root of KL (Gao et al. 2023, arXiv:2210.10760): every run of the experiments as a dot, their conditions
-    in colours, and best of n of the untrained model as a line. `names` are other words for conditions. None without logs."""
+    in colours, and best of n of the untrained model as a line. `names` are other words for conditions, one word for several makes
+    them one colour; `marks` are words beside the dots of a condition. None without logs."""
     logs = [log for experiment in experiments for log in logs_of(experiment)]
     if not logs or base(logs[0].after["split"]) is None:
         return None
@@ -103,18 +104,22 @@ def plane(*experiments, names=None):
         axis.annotate(
             f"best of {n}" if n > 1 else "untrained", (x, y), (4, -9), textcoords="offset points", fontsize=8, color=plots.GREY
         )
-    conditions = list(dict.fromkeys(log.head["condition"] for log in logs))
-    for number, condition in enumerate(conditions):
-        own = [log for log in logs if log.head["condition"] == condition]
-        kl, height = [math.sqrt(max(log.kl, 0)) for log in own], [log.gold.mean() for log in own]
+    label = lambda log: (names or {}).get(log.head["condition"], log.head["condition"])
+    labels = list(dict.fromkeys(map(label, logs)))
+    for number, name in enumerate(labels):
+        own = [log for log in logs if label(log) == name]
+        x, y = [math.sqrt(max(log.kl, 0)) for log in own], [log.gold.mean() for log in own]
         colour, marker = COLOURS[number % len(COLOURS)], "os^DvP*"[number % 7]
-        axis.scatter(kl, height, color=colour, marker=marker, s=26, label=(names or {}).get(condition, condition), zorder=3)
+        axis.scatter(x, y, color=colour, marker=marker, s=26, label=name, zorder=3)
+        for log, *place in zip(own, x, y):
+            if mark := (marks or {}).get(log.head["condition"]):
+                axis.annotate(mark, place, (5, -3), textcoords="offset points", fontsize=8, color=colour)
     axis.set_xlabel("KL, nats an answer (axis: its square root)", fontsize=9)
     axis.set_ylabel(f"gold on {logs[0].after['split']} prompts, mean of a run", fontsize=9)
     most = max(log.kl for log in logs)
     ticks = [t for t in (0, 0.25, 1, 2, 4, 6, 9, 12, 16, 25, 50, 100, 200) if t <= 1.2 * most + 1]
     axis.set_xticks([math.sqrt(t) for t in ticks], [f"{t:g}" for t in ticks])
     axis.tick_params(labelsize=8)
-    if len(conditions) > 1 or names:
+    if len(labels) > 1 or names:
         axis.legend(fontsize=9, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
