@@ -82,6 +82,12 @@ def test_a_condition_that_no_experiment_has_is_refused_in_one_sentence(monkeypat
     assert end.value.code == 2 and "--conditions: 'beta_2' is no condition here" in said and "beta_0.03" in said
 
 
+def test_all_logs_were_scored_by_one_reward_model():
+    """Rewards by two of them cannot be compared: training it again moves single scores by up to half a deviation."""
+    logs = [log for name in experiments.EXPERIMENTS for log in runs.logs_of(name)]
+    assert len({log.after.get("judge") for log in logs}) == 1 and logs[0].after.get("judge")
+
+
 def test_every_run_has_settings_that_exist_and_a_name_of_its_own():
     every = [run for some in experiments.EXPERIMENTS.values() for run in some]
     assert len({run.name for run in every}) == len(every)
