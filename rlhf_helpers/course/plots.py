@@ -209,9 +209,8 @@ def training_curves(history, curves=CURVES, title=None, limits=None, width=4):
             steps, numbers = [row["step"] for row in run if key in row], [row[key] for row in run if key in row]
             axis.plot(steps, numbers, color=colour, linewidth=1, alpha=0.4)
             axis.plot(steps, running_mean(numbers, width), color=colour, linewidth=1.8, label=label or f"mean of {width} steps")
-        limit = (limits or {}).get(key)
-        if limit is not None and np.isfinite(limit):
-            draw_limit(axis, limit)
+        if np.isfinite((limits or {}).get(key, np.inf)):
+            draw_limit(axis, limits[key])
         axis.set_title(name)
         axis.xaxis.get_major_locator().set_params(integer=True)
     for axis in axes.flat[len(curves) :]:
@@ -220,17 +219,15 @@ def training_curves(history, curves=CURVES, title=None, limits=None, width=4):
         axis.set_xlabel("step" if len(runs) == 1 else f"step; dark: mean of {width}")
     if any(runs.values()):
         legend(figure)
-    if title:
-        figure.suptitle(title, fontsize=TEXT, x=0.99, ha="right")
+    figure.suptitle(title or "", fontsize=TEXT, x=0.99, ha="right")
     return figure
 
 
 def draw_limit(axis, limit):
-    """A dashed line with its number at the left end, where a run has just begun, and room for it below the title."""
+    """A dashed line with its number at the left end, and room for it below the title."""
     axis.axhline(limit, color=GREY, linewidth=1, linestyle="--")
     axis.margins(y=0.15)
-    axis.annotate(f"limit {limit:g}", (0, limit), (3, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
-                  fontsize=SMALL, color=GREY)  # fmt: skip
+    axis.text(0, limit, f" limit {limit:g}", fontsize=SMALL, color=GREY, va="bottom", transform=axis.get_yaxis_transform())
 
 
 def limits_of(config):
@@ -282,8 +279,7 @@ def histograms(groups, label, bins=30, title=None):
         axes[0, 0].hist(values, edges, alpha=0.55, color=colour, label=name)
         axes[0, 0].axvline(values.mean(), color=colour, linewidth=2)
     axes[0, 0].set(xlabel=f"{label}; lines: means", ylabel="count")
-    if title:
-        axes[0, 0].set_title(title)
+    axes[0, 0].set_title(title or "")
     if len(numbers) > 1:
         legend(figure)
     return figure
@@ -335,9 +331,8 @@ def before_after(numbers):
 
 def running_mean(numbers, width=4):
     """The mean of each number and up to `width` - 1 before it, as long as the series itself."""
-    sums = np.cumsum([0.0, *numbers])
-    start = np.maximum(np.arange(len(numbers)) + 1 - width, 0)
-    return (sums[1:] - sums[start]) / np.minimum(np.arange(len(numbers)) + 1, width)
+    sums, ends = np.cumsum([0.0, *numbers]), np.arange(len(numbers)) + 1
+    return (sums[1:] - sums[np.maximum(ends - width, 0)]) / np.minimum(ends, width)
 
 
 def over_steps(groups, curves, width=4):
