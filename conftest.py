@@ -24,7 +24,7 @@ def pytest_configure(config):
         config.option.nbval_sanitize_with = str(config.rootpath / sanitize)
     if config.option.markexpr != "cuda":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when torch first looks for a card, which is later
-    os.environ.pop("RLHF_FAST", None)  # the package's own tests see the profiles as they are
+    os.environ["RLHF_FAST"] = "0"  # the package's own tests see the profiles as they are
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // workers)))
@@ -41,12 +41,10 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    """Where the course's reward model is missing (`make test` makes it first), one notebook makes it, and others wait for it."""
+    """Notebooks are short: their kernel, which starts with the first cell, inherits RLHF_FAST. Where the course's reward model is
+    missing (`make test` makes it first), one notebook makes it, and others wait for it."""
     cell = type(item).__name__ == "IPyNbCell"
-    if cell:
-        os.environ["RLHF_FAST"] = "1"  # the kernel, which starts with the first cell, inherits it
-    else:
-        os.environ.pop("RLHF_FAST", None)
+    os.environ["RLHF_FAST"] = str(int(cell))
     reads = cell or item.get_closest_marker("browser")
     if fcntl is None or REWARD_MODEL.exists() or not reads:
         return (yield)

@@ -6,6 +6,7 @@ that a kill costs one run, and the next call goes on with what is missing. `--li
     python data/make_runs.py --only headline prices   these experiments
     python data/make_runs.py --only headline --seeds 0 1
     python data/make_runs.py --only advantages --conditions leave_one_out group_normalised
+    python data/make_runs.py --rescore FOLDER         every log's last evaluation, by the reward model in a folder
     OMP_NUM_THREADS=1 python data/make_runs.py --all --part 1/2     every other run; and --part 2/2 beside it
 
 Two processes of one thread each make a step in 15 seconds, together one in 7.5; one process of two threads needs 9 for one (two slow
@@ -30,6 +31,7 @@ from rlhf_helpers.config import CPU, project_root
 from rlhf_helpers.course.experiments import EXPERIMENTS, Run, log_file, missing
 from rlhf_helpers.course.runs import KEPT, SPLITS, read_log, write_log
 from rlhf_helpers.data import load_preferences, load_prompts
+from rlhf_helpers.errors import InputError
 from rlhf_helpers.files import find_whole
 from rlhf_helpers.machine import processor
 from rlhf_helpers.run import digest_of_folder
@@ -38,7 +40,8 @@ JUDGE = project_root() / "output" / "reward_model_pairwise"  # training it anew 
 
 
 def evaluated(trainer, split, samples, **options):
-    """What the policy writes to the prompts of a split, with scores and KL; `options` of `evaluate`. `judge` tells reward models apart."""
+    """What the policy writes to the prompts of a split, with scores and KL, and which reward model was the judge; `options` of
+    `evaluate`."""
     from rlhf_helpers.evaluation import evaluate
     from rlhf_helpers.reward import ensure_reward_model
 
@@ -48,8 +51,8 @@ def evaluated(trainer, split, samples, **options):
 
 
 def rescore(folder):
-    """Score the last evaluation of every log again, by the reward model in `folder`, so that all have one judge; what a run was trained
-    on stays as it was."""
+    """Score the last evaluation of every log again, by the reward model in `folder`, so that all have one judge. What a run was
+    trained on stays as it was. Raises InputError, before anything is changed, where there is no reward model."""
     from rlhf_helpers.reward import RewardModel
 
     reward_model, judge = RewardModel.load(folder), digest_of_folder(find_whole(folder))
@@ -157,7 +160,10 @@ def main():
     parser.add_argument("--part", type=part, default=(1, 1), metavar="K/N", help="every N-th run, from the K-th on")
     options = parser.parse_args()
     if options.rescore:
-        return rescore(options.rescore)
+        try:
+            return rescore(options.rescore)
+        except InputError as error:
+            parser.error(f"argument --rescore: {error}")
     names = options.only or list(EXPERIMENTS)
     known = list(dict.fromkeys(run.condition for name in names for run in EXPERIMENTS[name]))
     if unknown := [condition for condition in options.conditions or () if condition not in known]:

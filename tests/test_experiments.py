@@ -82,6 +82,31 @@ def test_a_condition_that_no_experiment_has_is_refused_in_one_sentence(monkeypat
     assert end.value.code == 2 and "--conditions: 'beta_2' is no condition here" in said and "beta_0.03" in said
 
 
+def test_another_judge_scores_what_was_written_and_leaves_the_rest(home, monkeypatch, capsys):
+    rescore = runpy.run_path(ROOT / "data" / "make_runs.py")["rescore"]
+    path, folder = home / "data" / "runs" / "headline" / "frozen_seed0.jsonl.gz", home / "judge"
+    runs.write_log(path, dict(condition="frozen", seed=0), [STEP], after(["x", "yy"], [0.0, 0.5]))
+    folder.mkdir(), (folder / "weights").write_text("1")
+    lengths = lambda prompts, texts: np.array([len(text) for text in texts], dtype=float)
+    monkeypatch.setattr("rlhf_helpers.reward.RewardModel.load", lambda folder: lengths)
+    was = runs.read_log(path)
+    rescore(folder)
+    log = runs.read_log(path)
+    assert log.rewards.tolist() == [1.0, 2.0] and "moved by up to 1.500" in capsys.readouterr().out
+    assert log.after.pop("judge") and (log.head, log.steps) == (was.head, was.steps)
+    assert log.after | dict(rewards=0) == was.after | dict(rewards=0)
+    rescore(folder)
+    assert capsys.readouterr().out == ""  # all have this judge
+
+
+def test_a_judge_that_is_none_is_refused_in_one_sentence(tmp_path, monkeypatch, capsys):
+    script = ROOT / "data" / "make_runs.py"
+    monkeypatch.setattr("sys.argv", [str(script), "--rescore", str(tmp_path / "none")])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(script, run_name="__main__")
+    assert end.value.code == 2 and "argument --rescore: " in capsys.readouterr().err
+
+
 def test_all_logs_were_scored_by_one_reward_model():
     """Rewards by two of them cannot be compared: training it again moves single scores by up to half a deviation."""
     logs = [log for name in experiments.EXPERIMENTS for log in runs.logs_of(name)]

@@ -150,18 +150,11 @@ def with_figure(experiment, text):
     return f"![{alt}](figures/{experiment}.svg)\n\n{text}"
 
 
-def by_rate():
-    """How the prices are drawn: a colour for each learning rate, and the price beside each dot."""
-    settings = {run.condition: run.settings for run in EXPERIMENTS["prices"]}
-    names = {name: f"learning rate {how['learning_rate']:g}, with its price" for name, how in settings.items()}
-    return dict(names=names, marks={name: f"{how['init_kl_coef']:g}" for name, how in settings.items()})
-
-
 def draw(folder):
     """The figure of every experiment with logs, as SVG; the same logs give the same file."""
     folder.mkdir(exist_ok=True)
     for experiment in DRAWN:
-        if figure := plane(experiment, **(by_rate() if experiment == "prices" else {})):
+        if figure := plane(experiment, **(compare.by_rate("prices") if experiment == "prices" else {})):
             with matplotlib.rc_context({"svg.hashsalt": experiment, "svg.fonttype": "none"}):
                 figure.savefig(folder / f"{experiment}.svg", format="svg", metadata={"Date": None})
 

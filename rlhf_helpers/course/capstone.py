@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from rlhf_helpers.config import CPU, DATA_FILE, project_root
-from rlhf_helpers.course import guesses, plots
+from rlhf_helpers.course import compare, guesses, plots
 from rlhf_helpers.course.capstone_exercises import BLOCK, KEY, letters_of, right_diagnoses
-from rlhf_helpers.course.gold import gold_reward, is_whole, warm_words
+from rlhf_helpers.course.gold import gold_parts, gold_reward, is_whole, warm_words
 from rlhf_helpers.course.runs import Log, logs_of, read_log
 from rlhf_helpers.data import load_preferences
 from rlhf_helpers.evaluation import chosen_of, paired_gain
@@ -266,9 +266,9 @@ def gains(logs):
     """Rows of gold gained over the untrained model on the 120 test prompts, two answers to each, with its interval."""
     base, rows = logs_of("base", "test")[0], {}
     for name, log in ({"untrained": base} | logs).items():
-        gain, (low, high) = two_level_interval([log.by_prompt(log.gold).mean(1) - base.by_prompt(base.gold).mean(1)])
+        gain, (low, high) = two_level_interval([compare.gain(log, "gold")])
         gained = ("", "") if log is base else (f"{gain:+.2f}", f"{low:+.2f} to {high:+.2f}")
-        warm = np.mean([min(warm_words(text), 3) for text in log.after["responses"]])  # as many as count
+        warm = np.mean([gold_parts(*answer)["warmth"] for answer in zip(log.judged, log.after["responses"])])
         rows[name] = {"gold gained": gained[0], "95 % interval": gained[1], "KL": f"{log.kl:.1f}",
                       "finished": f"{log.whole:.0%}", "warm words": f"{warm:.2f}"}  # fmt: skip
     return rows

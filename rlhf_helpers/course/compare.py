@@ -86,6 +86,13 @@ def not_made(*experiments):
 # ---------------------------------------------------------------- the figure
 
 
+def by_rate(experiment):
+    """`names` and `marks` of the plane for runs at several learning rates and prices: a colour for each rate, the price beside a dot."""
+    settings = {log.head["condition"]: log.head["config"] for log in logs_of(experiment)}
+    names = {name: f"learning rate {how['learning_rate']:g}, with its price" for name, how in settings.items()}
+    return dict(names=names, marks={name: f"{how['init_kl_coef']:g}" for name, how in settings.items()})
+
+
 def plane(*experiments, names=None, marks=None):
     """Gold over the square root of KL (Gao et al. 2023, arXiv:2210.10760): every run of the experiments as a dot, their conditions
     in colours, and best of n of the untrained model as a line. `names` are other words for conditions, one word for several makes

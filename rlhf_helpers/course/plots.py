@@ -1,8 +1,7 @@
 """Seeing: token tables and heat maps, live curves, histograms. The only module that imports matplotlib and pandas.
 
 Every function returns a figure or a table; `show(figure, alt)` puts a figure on the page as a PNG with alternative text, sharp
-(160 dpi) and with letters about as large as the page's. Colours are Okabe and Ito's, which colour-blind readers can tell apart; figures bring their own white ground, so that they
-read in dark themes too."""
+(160 dpi), with letters about as large as the page's, on white. Colours are Okabe and Ito's, for colour-blind readers."""
 
 import io
 import time
@@ -219,7 +218,8 @@ def training_curves(history, curves=CURVES, title=None, limits=None, width=4):
         axis.set_xlabel("step" if len(runs) == 1 else f"step; dark: mean of {width}")
     if any(runs.values()):
         legend(figure)
-    figure.suptitle(title or "", fontsize=TEXT, x=0.99, ha="right")
+    if title:
+        figure.suptitle(title, fontsize=TEXT, x=0.99, ha="right")
     return figure
 
 
