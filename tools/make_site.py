@@ -105,9 +105,9 @@ def letter(plain, variant):
 
 
 def font(symbols):
-    """STIX Two Math (SIL Open Font License 1.1), which the package ziamath brings, with no more than these symbols and the slanted
-    letters that browsers put for names, as WOFF2: about 40 kB. Without a font for mathematics an index stands on the line."""
-    made, letters = io.BytesIO(), [*range(0x1D434, 0x1D468), *range(0x1D6E2, 0x1D71C), 0x210E, *range(0x20, 0x7F)]
+    """STIX Two Math (SIL Open Font License 1.1), which the package ziamath brings, with no more than these symbols, the slanted
+    letters that browsers put for names and the sign that they draw for a root, as WOFF2: about 40 kB. Without a font for mathematics an index stands on the line."""
+    made, letters = io.BytesIO(), [*range(0x1D434, 0x1D468), *range(0x1D6E2, 0x1D71C), 0x210E, 0x221A, *range(0x20, 0x7F)]
     options = subset.Options(layout_features=["ssty", "mark", "ccmp"], hinting=False)
     whole = ttLib.TTFont(distribution("ziamath").locate_file("ziamath/fonts/STIXTwoMath-Regular.ttf"))
     subsetter = subset.Subsetter(options)
