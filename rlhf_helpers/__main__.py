@@ -171,6 +171,7 @@ def run(options):
     from rlhf_helpers.checkpoint import read_settings
     from rlhf_helpers.machine import device_and_dtype
     from rlhf_helpers.models import resolve
+    from rlhf_helpers.quirks import leave_processes
     from rlhf_helpers.reward import RewardModel, ensure_reward_model
     from rlhf_helpers.run import alone_in, finished, saved_run, settings
     from rlhf_helpers.shard import several_processes
@@ -192,7 +193,7 @@ def run(options):
         reward = ensure_reward_model(job.reward_folder)
     if options.prepare:
         processes.print(f"ready: {job.profile.model}, {job.reward_folder}")
-        processes.destroy_process_group()
+        leave_processes()
         return 0
     job.settings = settings(job.profile, job.config, job.prompts, job.heldout, job.reward_folder, processes.num_processes)
     with alone_in(job.output, needed=processes.is_main_process):
@@ -200,7 +201,7 @@ def run(options):
         if done := saved and finished(job.output, saved, job.steps, job.config):
             if processes.is_main_process:
                 say_finished(*done, job, saved)
-            processes.destroy_process_group()
+            leave_processes()
             return 0
         return train(job, reward, saved, processes)
 
@@ -220,6 +221,7 @@ def train(job, reward, saved, processes):
     """Everything after the preparations: PPO, from the beginning or from where it was, and what it brought."""
     from rlhf_helpers.evaluation import evaluate
     from rlhf_helpers.models import load_policy
+    from rlhf_helpers.quirks import leave_processes
     from rlhf_helpers.shard import bytes_held
     from rlhf_helpers.trainer import PPOTrainer
 
@@ -241,7 +243,7 @@ def train(job, reward, saved, processes):
         keeper.save()
         done = f"{trainer.steps_done} of {job.steps}"
         processes.print(f"stopped after step {done}, saved in {job.output}; the same command goes on", flush=True)
-        trainer.accelerator.end_training()
+        leave_processes(trainer)
         return 128 + stop.signum
     if trainer.steps_done < job.steps:
         processes.print(f"stopped after step {trainer.steps_done}: the KL budget of {job.config.kl_budget:g} nats is spent")
@@ -249,8 +251,7 @@ def train(job, reward, saved, processes):
         keeper.save()
     asked.check()
     after = evaluate(trainer, job.heldout, reward)
-    processes.wait_for_everyone()
-    trainer.accelerator.end_training()  # also closes the process group: a process that exits with it open may crash (gloo)
+    leave_processes(trainer)
     if processes.is_main_process:
         write_results(job, trainer, before, after, keeper.seconds(), processes.num_processes)
     return 0

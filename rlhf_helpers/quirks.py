@@ -2,8 +2,13 @@
 
 import contextlib
 import ctypes
+import gc
 import logging
+import os
 import warnings
+from pathlib import Path
+
+CPUINFO = Path("/proc/cpuinfo")
 
 
 def silence():
@@ -18,6 +23,24 @@ def silence():
     warnings.filterwarnings("ignore", "IProgress not found")
     # peft 0.21 asks transformers 5.23 for an attribute by its old name, whenever it wraps a model. Can go with peft 0.22.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+
+
+def same_bits_for_any_rows():
+    """Keep oneDNN (3.12, in torch 2.13) from its AMX kernels, on the Xeons that have them: there a row's bf16 product depends on how
+    many rows stand beside it, so a token would be drawn with other bits than it is scored with (SmolLM2: sampler_kl 0.09 to 0.17
+    nats a response, single tokens 0.3 to 0.5). With AVX512 they are the same. It costs: a step takes 1.9 times as long as with AMX,
+    about what it takes on a CPU without. Called when this package is imported: oneDNN asks for the environment at its first
+    product. Whoever has set ONEDNN_MAX_CPU_ISA keeps it (ALL: sooner, and close). Can go when tests/test_fast.py::
+    test_with_amx_a_row_depends_on_its_neighbours fails."""
+    if has_amx():
+        os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+
+
+def has_amx():
+    """Whether this CPU multiplies bf16 tiles (Linux says so; elsewhere the answer is no)."""
+    with contextlib.suppress(OSError), CPUINFO.open(encoding="utf-8") as lines:
+        return any("amx_bf16" in line.split() for line in lines if line.startswith("flags"))
+    return False
 
 
 def gguf_progress(track):
@@ -77,3 +100,22 @@ def give_back_the_rest():
     nothing fits into (malloc_trim(3); glibc 2.36). Can go when a loaded model's process is no larger without it."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def leave_processes(trainer=None):
+    """Close the process group, all processes together, and with it the trackers of `trainer`, which makes no step after this.
+
+    DistributedDataParallel (torch 2.13) holds the group from within, past `destroy_process_group`, and with it gloo's threads. A
+    process that ends while they run may abort ("terminate called without an active exception", seen twice in some hundred
+    launches). So what holds it is let go first. Can go when tests/test_processes.py::
+    test_a_trainer_keeps_the_threads_of_its_processes_until_they_are_left fails."""
+    from accelerate import PartialState
+
+    if trainer is not None:
+        trainer.policy = trainer.model  # the same weights, not wrapped
+        trainer.accelerator.free_memory()
+        for tracker in trainer.accelerator.trackers:
+            tracker.finish()
+    gc.collect()
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()

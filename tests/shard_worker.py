@@ -16,9 +16,10 @@ from rlhf_helpers import fast
 from rlhf_helpers.errors import InputError
 from rlhf_helpers.evaluation import evaluate
 from rlhf_helpers.models import PolicyWithValueHead
+from rlhf_helpers.quirks import leave_processes
 from rlhf_helpers.shard import STORAGE, bytes_held, shard
 from tests import tiny
-from tests.worker import leave, stepped
+from tests.worker import stepped
 
 PROMPTS = [f"t{i} t{i + 1}" for i in range(4, 12)]
 reward = lambda prompts, texts: [len(text.split()) % 5 for text in texts]
@@ -183,4 +184,4 @@ if __name__ == "__main__":
     faulthandler.dump_traceback_later(200, exit=True)  # processes that wait for each other say where
     torch.set_num_threads(1)
     main(*map(Path, sys.argv[1:]))
-    leave()
+    leave_processes()

@@ -3,12 +3,15 @@ padding, the minibatches. bf16 is exact; in fp32 a product depends on the number
 
 import copy
 import math
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from rlhf_helpers import fast, ppo
+from rlhf_helpers import fast, ppo, quirks
 from rlhf_helpers.config import CPU, project_root
 from rlhf_helpers.data import load_prompts
 from rlhf_helpers.models import load_policy
@@ -74,6 +77,48 @@ def test_sampler_and_trainer_agree_to_the_last_bit(policy, size):
             assert stats["ppo/policy/first_ratio_error"] == 0
         assert trainer.sampler_is_exact
         assert size < 8 or len({len(response) for response in responses}) > 1  # some end early
+
+
+ROWS_AGREE = """
+import sys
+if sys.argv[1] == "imported":
+    import rlhf_helpers
+import torch
+import torch.nn.functional as F
+
+torch.set_num_threads(1)
+g = torch.Generator().manual_seed(0)
+x, weight = (torch.randn(rows, 576, generator=g).bfloat16() for rows in (1024, 1536))
+print(all(torch.equal(F.linear(x[:rows], weight), F.linear(x, weight)[:rows]) for rows in (2, 8, 16, 32, 64, 256)))
+"""
+
+
+def rows_agree(how, **environment):
+    """Whether rows of a bf16 product have the same bits alone and among a thousand, in a process of its own."""
+    ours = {name: value for name, value in os.environ.items() if name != "ONEDNN_MAX_CPU_ISA"}
+    command = [sys.executable, "-c", ROWS_AGREE, how]
+    made = subprocess.run(command, env=ours | environment, cwd=project_root(), capture_output=True, text=True, check=True)
+    return made.stdout.strip() == "True"
+
+
+@onednn
+def test_a_row_of_a_bf16_product_knows_no_other_rows():
+    assert rows_agree("imported")
+
+
+@pytest.mark.skipif(not quirks.has_amx(), reason="this CPU has no AMX")
+def test_with_amx_a_row_depends_on_its_neighbours():
+    """What `quirks.same_bits_for_any_rows` is there for; and who wants AMX can have it."""
+    assert not rows_agree("not imported")
+    assert not rows_agree("imported", ONEDNN_MAX_CPU_ISA="ALL")
+
+
+def test_amx_is_known_by_the_flags_of_the_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(quirks, "CPUINFO", tmp_path / "cpuinfo")
+    assert not quirks.has_amx()  # no such file: another system
+    for flags, known in ("fpu avx512_bf16 amx_bf16 amx_tile", True), ("fpu avx512_bf16", False):
+        quirks.CPUINFO.write_text(f"processor\t: 0\nflags\t\t: {flags}\n", encoding="utf-8")
+        assert quirks.has_amx() == known
 
 
 @pytest.fixture

@@ -9,16 +9,10 @@ from accelerate import PartialState
 from safetensors.torch import save_file
 
 from rlhf_helpers.evaluation import evaluate
+from rlhf_helpers.quirks import leave_processes
 from tests import tiny
 
 ORDERS = {4: [0, 2, 1, 3], 2: [0, 1]}  # of the rows: either way the first minibatch is made of rows 0 and 2
-
-
-def leave():
-    """Close the process group together. A process that exits with it open may be killed by its own threads (gloo)."""
-    state = PartialState(cpu=True)
-    state.wait_for_everyone()
-    state.destroy_process_group()
 
 
 def my_share(trainer, sequence):
@@ -97,7 +91,27 @@ def unlucky(folder):
     print(f"process {trainer.accelerator.process_index}: skipped {stats['ppo/skipped_updates']:.0f}", flush=True)
 
 
+def threads_of_gloo():
+    return [name for task in Path("/proc/self/task").iterdir() if "gloo" in (name := (task / "comm").read_text().strip())]
+
+
+def left(folder):
+    """Which of gloo's threads are there after a step, with the group destroyed as accelerate does it, or as `leave_processes` does;
+    the trainer is there all the while."""
+    trainer = stepped(steps=1)
+    if folder.name == "destroyed":
+        trainer.accelerator.end_training()
+    else:
+        leave_processes(trainer)
+    there = threads_of_gloo()
+    trainer.policy = trainer.model
+    trainer.accelerator.free_memory()
+    print(f"threads {there}, then {threads_of_gloo()}", flush=True)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"update": update, "resume": resume, "shares": shares, "unlucky": unlucky}[sys.argv[1]](Path(sys.argv[2]))
-    leave()
+    JOBS = {"update": update, "resume": resume, "shares": shares, "unlucky": unlucky, "left": left}
+    JOBS[sys.argv[1]](Path(sys.argv[2]))
+    if sys.argv[1] != "left":
+        leave_processes()

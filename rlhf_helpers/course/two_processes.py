@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_helpers.config import CPU, PPOConfig
 from rlhf_helpers.models import load_tokenizer, with_adapters
+from rlhf_helpers.quirks import leave_processes
 from rlhf_helpers.shard import shard
 from rlhf_helpers.trainer import PPOTrainer
 
@@ -61,8 +62,7 @@ def main(file, *options):
     trainer = trained(sharded="--shard" in options)
     if trainer.accelerator.is_main_process:
         save_file({name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}, file)
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()  # closes the process group
+    leave_processes(trainer)
 
 
 if __name__ == "__main__":
