@@ -7,7 +7,7 @@ import io
 import json
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -108,8 +108,14 @@ def read_log(path):
     return Log(head, steps, after)
 
 
+@lru_cache(maxsize=None)
+def log_as_of(path, written):
+    """The log in a file that was written at that time. It is read once, and what was computed from it stays."""
+    return read_log(path)
+
+
 def logs_of(experiment, condition=None):
-    """The logs of an experiment that were made, by condition and seed."""
+    """The logs of an experiment that were made, by condition and seed. The same file is the same Log: nobody changes one."""
     folder = project_root() / "data" / "runs" / experiment
-    logs = [read_log(path) for path in sorted(folder.glob("*.jsonl.gz"))]
+    logs = [log_as_of(path, path.stat().st_mtime_ns) for path in sorted(folder.glob("*.jsonl.gz"))]
     return [log for log in logs if condition in (None, log.head["condition"])]
