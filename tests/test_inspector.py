@@ -1,5 +1,6 @@
 """The inspector: it shows the numbers of the rollout, asks nobody for anything, and can be touched."""
 
+import contextlib
 import json
 import re
 
@@ -124,27 +125,36 @@ def test_half_a_character_waits_for_its_other_half():
     assert "".join(pieces) == "a😀 b" and pieces[1:4] == ["", "", ""] and pieces[4] == "😀"
 
 
-@pytest.mark.browser
-@pytest.mark.skipif(not CHROMIUM, reason="no Chromium here")
-def test_it_can_be_touched(stepped, tmp_path):
-    """Hover, keys, choice of signal and response, slider; nothing is asked for, and nothing goes wrong."""
-    frame = stepped[2]
-    file = tmp_path / "page.html"
-    file.write_text(
-        f"<!doctype html><meta charset='utf-8'><body>{inspector.page([frame | {'label': 'first'}, frame])}</body>",
-        encoding="utf-8",
-    )
-    (tmp_path / "browser").mkdir()
-    browser = Browser(tmp_path / "browser")
+@contextlib.contextmanager
+def opened(html, folder):
+    """A browser that has opened a page; at the end nothing has gone wrong in it, and nothing was asked for."""
+    from tests.test_browser import wait_for
+
+    file = folder / "page.html"
+    file.write_text(f"<!doctype html><meta charset='utf-8'><body>{html}</body>", encoding="utf-8")
+    (folder / "browser").mkdir()
+    browser = Browser(folder / "browser")
     try:
         browser.call("Runtime.enable")
         browser.call("Page.enable")
         browser.call("Page.addScriptToEvaluateOnNewDocument", source="window.wrong=[];window.onerror=m=>{window.wrong.push(m)}")
         browser.call("Page.navigate", url=file.as_uri())
-        count = "document.querySelectorAll('.rlhf-inspector .text span').length"
-        from tests.test_browser import wait_for
+        selects = 2 * html.count('class="rlhf-inspector"')
+        made = f"document.querySelectorAll('.rlhf-inspector select').length == {selects}"
+        wait_for(lambda: browser.evaluate(made), "the page", 20)
+        yield browser
+        assert browser.evaluate("window.wrong") == [] and [url for url in browser.requests if not url.startswith("file:")] == []
+    finally:
+        browser.close()
 
-        wait_for(lambda: browser.evaluate("document.querySelectorAll('.rlhf-inspector select').length") == 2, "the page", 20)
+
+@pytest.mark.browser
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium here")
+def test_it_can_be_touched(stepped, tmp_path):
+    """Hover, keys, choice of signal and response, slider; nothing is asked for, and nothing goes wrong."""
+    frame = stepped[2]
+    with opened(inspector.page([frame | {"label": "first"}, frame]), tmp_path) as browser:
+        count = "document.querySelectorAll('.rlhf-inspector .text span').length"
         foot = "document.querySelector('.rlhf-inspector .foot').innerText"
         assert browser.evaluate(count) == len(frame["rows"][0]["tokens"]) and "Point at a token" in browser.evaluate(foot)
         box = browser.evaluate(
@@ -168,14 +178,34 @@ def test_it_can_be_touched(stepped, tmp_path):
         browser.call("Emulation.setEmulatedMedia", features=[dict(name="prefers-color-scheme", value="dark")])
         ground = "getComputedStyle(document.querySelector('.rlhf-inspector')).backgroundColor"
         assert browser.evaluate(ground) == "rgb(27, 27, 27)"
-        assert browser.evaluate("window.wrong") == [] and [url for url in browser.requests if not url.startswith("file:")] == []
-    finally:
-        browser.close()
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium here")
+def test_two_runs_side_by_side_move_together(stepped, tmp_path):
+    labelled = lambda *steps: [stepped[2] | {"label": f"after {step} steps" if step else "before training"} for step in steps]
+    alone = inspector.page(labelled(0, 8))
+    both = inspector.side_by_side({"one": labelled(0, 4, 8), "two": labelled(0, 6, 30)})
+    with opened(alone + both, tmp_path) as browser:
+        labels = "[...document.querySelectorAll('.rlhf-inspector output')].map(o => o.textContent).join()"
+        signals = "[...document.querySelectorAll('.rlhf-inspector')].map(r => r.querySelector('select').selectedIndex).join()"
+        assert browser.evaluate(labels) == "after 8 steps,after 8 steps,after 30 steps"
+        slide = "(s=>{s.value=%d;s.dispatchEvent(new Event('input'))})(document.querySelectorAll('.rlhf-inspector input')[%d])"
+        for place, which, expected in (2, 1, "8,6"), (1, 1, "4,6"), (2, 2, "8,30"):
+            browser.evaluate(slide % (place, which))
+            assert browser.evaluate(labels) == ",".join(f"after {n} steps" for n in ["8", *expected.split(",")])
+        browser.evaluate(slide % (0, 2))
+        assert browser.evaluate(labels) == "after 8 steps,before training,before training"
+        value = list(inspector.SIGNALS).index("value")
+        browser.evaluate(
+            f"(s=>{{s.selectedIndex={value};s.dispatchEvent(new Event('change'))}})(document.querySelectorAll('.rlhf-inspector select')[2])"
+        )
+        assert browser.evaluate(signals) == f"{list(inspector.SIGNALS).index('advantage')},{value},{value}"
 
 
 def test_the_page_without_installation_is_small_and_has_both_runs():
     page = (ROOT / "docs" / "inspector.html").read_text(encoding="utf-8")
-    assert len(page.encode()) < 1_000_000 and "http" not in page
+    assert len(page.encode()) < 1_000_000 and "http" not in page and page.count('data-linked="runs"') == 2
     frames = [
         json.loads(data)["frames"] for data in re.findall(r'<script type="application/json">(.*?)</script>', page, re.DOTALL)
     ]

@@ -1,10 +1,12 @@
 """Make docs/inspector.html, a page to touch without installation: `python tools/inspector_page.py` (a quarter of an hour on two cores).
 
 Two runs with the same seed and prompts: the profile's, and that of notebook 07 without a price on KL, continued. Both are recorded on four
-held-out prompts; the page needs nothing but itself. `--picture` takes docs/inspector.png from the page that is there, by headless Chromium."""
+held-out prompts and stand side by side; the page needs nothing but itself. `--layout` takes the runs that are there. `--picture` takes docs/inspector.png from the page that is there, by headless Chromium."""
 
 import argparse
+import json
 import math
+import re
 import shutil
 import subprocess
 import tempfile
@@ -35,12 +37,12 @@ RUNS = {
 TOP = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>RLHF with PPO: look inside two runs</title>
-<style>body{font:16px/1.55 system-ui,sans-serif;max-width:980px;margin:24px auto;padding:0 16px;color:#111;background:#fff}
-@media (prefers-color-scheme:dark){body{color:#eee;background:#121212}}h1{font-size:1.6em}h2{font-size:1.2em;margin-top:1.6em}</style></head><body>
+<style>body{font:16px/1.55 system-ui,sans-serif;max-width:1240px;margin:24px auto;padding:0 16px;color:#111;background:#fff}
+@media (prefers-color-scheme:dark){body{color:#eee;background:#121212}}h1{font-size:1.6em}h3{font-size:1.1em;margin:.6em 0 .4em}p{max-width:80ch}</style></head><body>
 <h1>Look inside two runs of PPO</h1>
 <p>A language model of 135 million weights, in 4 bits, learns from a reward model to give short, whole, warm answers. Every few steps it was asked the same four
 prompts with the same random numbers. Choose a number to see as colour, point at a token (or click into the text and use the arrow keys), and move the slider from
-<em>before training</em> to the end. The course explains each of them: <em>RLHF with PPO, in notebooks</em>.</p>
+<em>before training</em> to the end: both runs move together, to the same step, and have one scale of colours. The course explains each of them: <em>RLHF with PPO, in notebooks</em>.</p>
 """
 
 
@@ -52,6 +54,12 @@ def recorded(settings, steps, every):
     recorder = inspector.Recorder(trainer, load_prompts(root / CPU.heldout_prompts)[:4], reward_model, every, likeliest=True)
     trainer.train(load_prompts(root / CPU.prompts), reward_model, steps=steps, on_step=recorder)
     return recorder.frames
+
+
+def read(file):
+    """The frames of the runs that a page holds, by their titles."""
+    data = re.findall(r'<script type="application/json">(.*?)</script>', file.read_text(encoding="utf-8"), re.DOTALL)
+    return {title: json.loads(found)["frames"] for title, found in zip(RUNS, data)}
 
 
 def picture(page, file, word=" source"):
@@ -75,17 +83,20 @@ def picture(page, file, word=" source"):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--picture", action="store_true", help="only the screenshot")
-    docs = HERE.parent / "docs"
-    if parser.parse_args().picture:
+    parser.add_argument("--layout", action="store_true", help="lay out the runs that the page holds anew, without making them")
+    docs, options = HERE.parent / "docs", parser.parse_args()
+    if options.picture:
         return picture(docs / "inspector.html", docs / "inspector.png")
-    parts = [TOP]
-    for title, (words, settings, steps, every) in RUNS.items():
-        parts.append(f"<h2>{title}</h2>\n<p>{words.replace('`make run`', '<code>make run</code>')}</p>\n")
-        parts.append(inspector.page(recorded(settings, steps, every), signal="kl") + "\n")
-        print(title, "recorded", flush=True)
-    text = "".join([*parts, "</body></html>\n"])
-    (docs / "inspector.html").write_text(text, encoding="utf-8")
-    picture(docs / "inspector.html", docs / "inspector.png")
+    file = docs / "inspector.html"
+    runs = read(file) if options.layout else {}
+    for title, (_, settings, steps, every) in RUNS.items():
+        if title not in runs:
+            runs[title] = recorded(settings, steps, every)
+            print(title, "recorded", flush=True)
+    about = "".join(f"<p><b>{title}.</b> {words}</p>\n" for title, (words, *_) in RUNS.items())
+    text = f"{TOP}{about}{inspector.side_by_side(runs)}\n</body></html>\n"
+    file.write_text(text, encoding="utf-8")
+    picture(file, docs / "inspector.png")
     print(f"docs/inspector.html: {len(text.encode()) // 1000} kB")
 
 

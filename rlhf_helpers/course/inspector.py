@@ -147,8 +147,22 @@ def show(frames, signal="advantage"):
     display(HTML(page(frames, signal)))
 
 
-def page(frames, signal="advantage"):
-    """The inspector of one frame or several as HTML: one <div>, with its style, its script and its data."""
+def side_by_side(runs, signal="kl"):
+    """Two recorded runs as HTML, next to each other where the page is wide enough: a dict of their frames by title. Signal, response
+    and slider of one move the other's (to the nearest step that it has), and both have one scale."""
+    columns = (
+        f"<div><h3>{escaping.escape(title)}</h3>\n{page(frames, signal, linked='runs')}</div>" for title, frames in runs.items()
+    )
+    return (
+        '<div style="display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,30rem),1fr));gap:16px">'
+        + "".join(columns)
+        + "</div>"
+    )
+
+
+def page(frames, signal="advantage", linked=""):
+    """The inspector of one frame or several as HTML: one <div>, with its style, its script and its data. All on a page that have the
+    same word in `linked` move together."""
     frames = frames if isinstance(frames, list) else [frames]
     present = [name for name in SIGNALS if name in frames[0]["rows"][0]["numbers"]]
     data = dict(frames=frames, signals={name: SIGNALS[name] for name in present}, signal=signal)
@@ -159,11 +173,11 @@ def page(frames, signal="advantage"):
         f'<span title="{escaping.escape(f"{SIGNALS[signal][0]} {number}")}">{escaping.escape(token)}</span>'
         for token, number in zip(first["tokens"], first["numbers"][signal])
     )  # what is read where scripts do not run
-    parts = dict(NAME=name, PLAIN=plain, DATA=packed)
-    return re.sub("NAME|PLAIN|DATA", lambda part: parts[part[0]], TEMPLATE)  # in one go: a token may read DATA
+    parts = dict(NAME=name, PLAIN=plain, DATA=packed, LINKED=escaping.escape(linked))
+    return re.sub("NAME|PLAIN|DATA|LINKED", lambda part: parts[part[0]], TEMPLATE)  # in one go: a token may read DATA
 
 
-TEMPLATE = """<div id="NAME" class="rlhf-inspector">
+TEMPLATE = """<div id="NAME" class="rlhf-inspector" data-linked="LINKED">
 <style>
 #NAME{--ground:#fff;--ink:#111;--line:#bbb;--soft:#f3f3f3;--up:0,114,178;--down:213,94,0;color:var(--ink);background:var(--ground);
 font:15px/1.6 system-ui,sans-serif;border:1px solid var(--line);border-radius:8px;padding:12px 14px;max-width:960px}
@@ -195,12 +209,17 @@ const el=(tag,props,...kids)=>{const e=Object.assign(document.createElement(tag)
 const row=()=>D.frames[at.f].rows[at.r],show=x=>x===null||x===undefined?"\\u2013":(x<0?"\\u2212":"")+Math.abs(x).toFixed(Math.abs(x)>=10?1:Math.abs(x)>=1?2:3);
 const scale={};Object.keys(D.signals).forEach(s=>{const all=[];D.frames.forEach(f=>f.rows.forEach(r=>(r.numbers[s]||[]).forEach(x=>x!==null&&all.push(Math.abs(x)))));
 all.sort((a,b)=>a-b);scale[s]=all.length?(all[Math.floor(.98*(all.length-1))]||all[all.length-1]||1):1});
-const pick=(label,list,get,set)=>{const s=el("select",{onchange:()=>{set(+s.value);draw()}});list.forEach((o,i)=>s.append(el("option",{value:i,textContent:o})));
+const others=()=>root.dataset.linked?[...document.querySelectorAll(".rlhf-inspector")].filter(r=>r!==root&&r.look&&r.dataset.linked===root.dataset.linked).map(r=>r.look):[];
+const steps=D.frames.map(f=>+(f.label.match(/\\d+/)||[0])[0]),tell=()=>others().forEach(o=>o.follow(at.s,at.r,steps[at.f]));
+const most=()=>Math.max(scale[at.s],...others().map(o=>o.scale[at.s]||0));
+root.look={scale,draw:()=>draw(),follow(s,r,step){if(D.signals[s])at.s=s;let best=0;steps.forEach((n,i)=>{if(Math.abs(n-step)<Math.abs(steps[best]-step))best=i});
+at.f=best;at.r=Math.min(r,D.frames[best].rows.length-1);at.t=-1;draw()}};
+const pick=(label,list,get,set)=>{const s=el("select",{onchange:()=>{set(+s.value);draw();tell()}});list.forEach((o,i)=>s.append(el("option",{value:i,textContent:o})));
 s.setAttribute("aria-label",label);const box=el("label",{},label+" ",s);box.sync=()=>{s.value=get()};bar.append(box);return box};
 const names=Object.keys(D.signals),controls=[
 pick("show",names.map(n=>D.signals[n][0]),()=>names.indexOf(at.s),i=>{at.s=names[i]}),
 pick("response",D.frames.reduce((a,b)=>b.rows.length>a.rows.length?b:a).rows.map((r,i)=>(i+1)+" \\u00b7 "+r.prompt.slice(0,48)),()=>at.r,i=>{at.r=Math.min(i,D.frames[at.f].rows.length-1);at.t=-1})];
-if(D.frames.length>1){const slide=el("input",{type:"range",min:0,max:D.frames.length-1,step:1,oninput:()=>{at.f=+slide.value;at.r=Math.min(at.r,D.frames[at.f].rows.length-1);at.t=-1;draw()}}),out=el("output");
+if(D.frames.length>1){const slide=el("input",{type:"range",min:0,max:D.frames.length-1,step:1,oninput:()=>{at.f=+slide.value;at.r=Math.min(at.r,D.frames[at.f].rows.length-1);at.t=-1;draw();tell()}}),out=el("output");
 slide.setAttribute("aria-label","step");const box=el("label",{},"step ",slide," ",out);box.sync=()=>{slide.value=at.f;out.textContent=D.frames[at.f].label};bar.append(box);controls.push(box)}
 const legend=el("span",{className:"what"});bar.append(legend);
 function detail(){foot.replaceChildren();const r=row();
@@ -211,12 +230,12 @@ foot.append(left);
 if(r.likeliest){const right=el("table");right.append(el("tr",{},...["policy would say","","reference would say",""].map(h=>el("th",{textContent:h}))));
 const [p,q]=r.likeliest[at.t];p.forEach((_,i)=>right.append(el("tr",{},...[p[i],q[i]].flatMap(x=>[el("td",{textContent:JSON.stringify(x[0])}),el("td",{className:"n",textContent:(100*x[1]).toFixed(1)+" %"})]))));foot.append(right)}}
 function choose(t){at.t=t;[...text.children].forEach((s,i)=>s.classList.toggle("on",i===t));detail()}
-function draw(){const r=row(),m=scale[at.s];root.querySelector(".prompt").textContent=r.prompt+"   (score "+show(r.score)+")";text.replaceChildren();
+function draw(){const r=row(),m=most();root.querySelector(".prompt").textContent=r.prompt+"   (score "+show(r.score)+")";text.replaceChildren();
 r.tokens.forEach((token,i)=>{const x=(r.numbers[at.s]||[])[i],s=el("span",{textContent:token,onmouseenter:()=>choose(i),onclick:()=>choose(i)});
 if(x!==null&&x!==undefined){s.style.background="rgba(var("+(x<0?"--down":"--up")+"),"+(.75*Math.min(1,Math.abs(x)/m)).toFixed(3)+")"}text.append(s)});
 legend.textContent=D.signals[at.s][1]+"; blue above 0, orange below, full at "+show(m);controls.forEach(c=>c.sync());choose(Math.min(at.t,r.tokens.length-1))}
 text.addEventListener("keydown",e=>{const rows=D.frames[at.f].rows.length,keys={ArrowRight:()=>choose(Math.min(at.t+1,row().tokens.length-1)),ArrowLeft:()=>choose(Math.max(at.t-1,0)),
-ArrowDown:()=>{at.r=(at.r+1)%rows;draw()},ArrowUp:()=>{at.r=(at.r+rows-1)%rows;draw()}};if(keys[e.key]){e.preventDefault();e.stopPropagation();keys[e.key]()}});
-draw()})();
+ArrowDown:()=>{at.r=(at.r+1)%rows;draw();tell()},ArrowUp:()=>{at.r=(at.r+rows-1)%rows;draw();tell()}};if(keys[e.key]){e.preventDefault();e.stopPropagation();keys[e.key]()}});
+draw();others().forEach(o=>o.draw())})();
 </script>
 </div>"""

@@ -7,7 +7,7 @@ import io
 import json
 import math
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +108,7 @@ def read_log(path):
     return Log(head, steps, after)
 
 
-@lru_cache(maxsize=None)
+@cache
 def log_as_of(path, written):
     """The log in a file that was written at that time. It is read once, and what was computed from it stays."""
     return read_log(path)
