@@ -103,7 +103,10 @@ def devices():
 
     if not torch.cuda.is_available():
         kernels = ", oneDNN up to " + os.environ["ONEDNN_MAX_CPU_ISA"] if "ONEDNN_MAX_CPU_ISA" in os.environ else ""
-        return True, f"no CUDA card: CPU profile, {os.cpu_count()} cores, {torch.get_num_threads()} threads, bf16 compute{kernels}"
+        return (
+            True,
+            f"no CUDA card: CPU profile, {os.cpu_count()} cores, {torch.get_num_threads()} threads, bf16 compute{kernels}",
+        )
     properties = torch.cuda.get_device_properties(0)
     native = properties.major >= 8
     return (
