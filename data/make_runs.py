@@ -6,7 +6,7 @@ that a kill costs one run, and the next call goes on with what is missing. `--li
     python data/make_runs.py --only headline prices   these experiments
     python data/make_runs.py --only headline --seeds 0 1
     python data/make_runs.py --only advantages --conditions leave_one_out group_normalised
-    python data/make_runs.py --rescore FOLDER         every log's last evaluation, by the reward model in a folder
+    python data/make_runs.py --rescore FOLDER         every log's last evaluation, by the reward model in a folder: one judge for all
     OMP_NUM_THREADS=1 python data/make_runs.py --all --part 1/2     every other run; and --part 2/2 beside it
 
 Two processes of one thread each make a step in 15 seconds, together one in 7.5; one process of two threads needs 9 for one (two slow
@@ -61,8 +61,24 @@ def rescore(folder):
         if log.after.get("judge") != judge:
             rewards = reward_model(log.judged, log.after["responses"]).tolist()
             moved = max(abs(new - old) for new, old in zip(rewards, log.after["rewards"], strict=True))
-            write_log(path, log.head, log.steps, log.after | dict(rewards=rewards, judge=judge))
+            kept = {name: value for name, value in log.after.items() if name != "other_judges"}  # nobody asks for them any more
+            write_log(path, log.head, log.steps, kept | dict(rewards=rewards, judge=judge))
             print(f"{path.parent.name}/{path.name}: moved by up to {moved:.3f}", flush=True)
+
+
+def judged_too(folder):
+    """Let the reward model in `folder` score the untrained model's answers, where it has not: a gain in reward is measured by one
+    judge, before and after."""
+    from rlhf_helpers.reward import RewardModel
+
+    reward_model, judge = RewardModel.load(folder), digest_of_folder(find_whole(folder))
+    for path in sorted((project_root() / "data" / "runs" / "base").glob("*.jsonl.gz")):
+        log = read_log(path)
+        others = log.after.get("other_judges", {})
+        if judge != log.after.get("judge") and judge not in others:
+            rewards = [round(reward, 4) for reward in reward_model(log.judged, log.after["responses"]).tolist()]
+            write_log(path, log.head, log.steps, log.after | dict(other_judges=others | {judge: rewards}))
+            print(f"base/{path.name}: scored by {judge}, too", flush=True)
 
 
 def make(run):
@@ -179,7 +195,9 @@ def main():
         print(f"{'':12s} {total / 60:.1f} hours left on two CPU cores")
         return
     from rlhf_helpers import trl_bridge
+    from rlhf_helpers.reward import ensure_reward_model
 
+    ensure_reward_model(), judged_too(JUDGE)
     for name in names:
         for run in missing(name, *options.part):
             asked = options.conditions is None or run.condition in options.conditions

@@ -99,6 +99,29 @@ def test_another_judge_scores_what_was_written_and_leaves_the_rest(home, monkeyp
     assert capsys.readouterr().out == ""  # all have this judge
 
 
+def test_a_new_judge_scores_the_untrained_model_too_and_gains_are_by_one(home, monkeypatch, capsys):
+    judged_too = runpy.run_path(ROOT / "data" / "make_runs.py")["judged_too"]
+    path, folder = home / "data" / "runs" / "base" / "dev_seed0.jsonl.gz", home / "judge"
+    runs.write_log(path, dict(condition="dev", seed=0), [], after(["x", "yy"], [5.0, 6.0]) | dict(judge="old"))
+    folder.mkdir(), (folder / "weights").write_text("1")
+    monkeypatch.setattr(
+        "rlhf_helpers.reward.RewardModel.load",
+        lambda folder: lambda prompts, texts: np.array([len(text) for text in texts], dtype=float),
+    )
+    judged_too(folder)
+    base = runs.read_log(path)
+    (judge,) = base.after["other_judges"]
+    assert base.rewards.tolist() == base.rewards_by("old").tolist() == [5.0, 6.0] and base.rewards_by(judge).tolist() == [
+        1.0,
+        2.0,
+    ]
+    gained = lambda by: page.gain(runs.Log({}, [], after(["xxx", "yyy"], [3.0, 3.0]) | dict(judge=by)), "rewards").tolist()
+    assert gained(judge) == [2.0, 1.0] and gained("old") == [-2.0, -3.0]
+    assert judge in capsys.readouterr().out
+    judged_too(folder)
+    assert capsys.readouterr().out == ""  # it has
+
+
 def test_a_judge_that_is_none_is_refused_in_one_sentence(tmp_path, monkeypatch, capsys):
     script = ROOT / "data" / "make_runs.py"
     monkeypatch.setattr("sys.argv", [str(script), "--rescore", str(tmp_path / "none")])
@@ -107,10 +130,14 @@ def test_a_judge_that_is_none_is_refused_in_one_sentence(tmp_path, monkeypatch, 
     assert end.value.code == 2 and "argument --rescore: " in capsys.readouterr().err
 
 
-def test_all_logs_were_scored_by_one_reward_model():
-    """Rewards by two of them cannot be compared: training it again moves single scores by up to half a deviation."""
-    logs = [log for name in experiments.EXPERIMENTS for log in runs.logs_of(name)]
-    assert len({log.after.get("judge") for log in logs}) == 1 and logs[0].after.get("judge")
+def test_what_a_log_gained_is_by_one_reward_model():
+    """Rewards by two of them cannot be compared: training it again moves single scores by up to half a deviation. So whoever judged
+    a run judged the untrained model, too; and all that stands beside best of n in reward has its judge."""
+    for name in experiments.EXPERIMENTS:
+        for log in runs.logs_of(name):
+            judge, base = log.after["judge"], page.base(log.after["split"])
+            assert judge and len(base.rewards_by(judge)) == len(base.rewards), log.head
+            assert judge == base.after["judge"] or name not in ("base", "recipes", "headline", "placebo", "prices", "capstone")
 
 
 def test_every_run_has_settings_that_exist_and_a_name_of_its_own():

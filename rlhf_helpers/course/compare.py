@@ -30,9 +30,10 @@ def base(split):
 
 
 def gain(log, name):
-    """What a run's answers gained over the untrained model's, prompt by prompt, (prompts,)."""
+    """What a run's answers gained over the untrained model's, prompt by prompt, (prompts,). Rewards are by one judge, the log's."""
     before = base(log.after["split"])
-    return log.by_prompt(getattr(log, name)).mean(1) - before.by_prompt(getattr(before, name)).mean(1)
+    start = before.rewards_by(log.after.get("judge")) if name == "rewards" else getattr(before, name)
+    return log.by_prompt(getattr(log, name)).mean(1) - before.by_prompt(start).mean(1)
 
 
 def signed(x):

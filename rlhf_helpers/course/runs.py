@@ -32,7 +32,9 @@ class Log:
 
     head: dict  # experiment, condition, seed, config, seconds ...
     steps: list  # dicts: short names of stats, and per response prompts, texts, scores, kls
-    after: dict  # split, responses, rewards, kl: the last evaluation, prompt by prompt
+    after: (
+        dict  # split, responses, rewards, kl: the last evaluation, prompt by prompt; judge: who scored it; perhaps other_judges
+    )
 
     @cached_property
     def judged(self):
@@ -48,6 +50,12 @@ class Log:
     @property
     def rewards(self):
         return np.array(self.after["rewards"])
+
+    def rewards_by(self, judge):
+        """Scores of the last evaluation by the reward model `judge`, a digest: the log's own, or another that has scored it, too."""
+        if judge == self.after.get("judge"):
+            return self.rewards
+        return np.array(self.after["other_judges"][judge])
 
     @property
     def kl(self):
