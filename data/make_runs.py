@@ -50,13 +50,20 @@ def evaluated(trainer, split, samples, **options):
     return dict(split=split, responses=found.responses, rewards=found.rewards.tolist(), kl=found.kl.tolist(), judge=judge)
 
 
+def base_logs():
+    return sorted((project_root() / "data" / "runs" / "base").glob("*.jsonl.gz"))
+
+
 def rescore(folder):
     """Score the last evaluation of every log again, by the reward model in `folder`, so that all have one judge. What a run was
-    trained on stays as it was. Raises InputError, before anything is changed, where there is no reward model."""
+    trained on stays as it was. Raises InputError, before anything is changed, where there is no reward model. The untrained model's
+    answers come last: until then they have both judges, so that a kill leaves logs that can be read."""
     from rlhf_helpers.reward import RewardModel
 
     reward_model, judge = RewardModel.load(folder), digest_of_folder(find_whole(folder))
-    for path in sorted((project_root() / "data" / "runs").glob("*/*.jsonl.gz")):
+    judged_too(folder)
+    others = sorted(set((project_root() / "data" / "runs").glob("*/*.jsonl.gz")) - set(base_logs()))
+    for path in [*others, *base_logs()]:
         log = read_log(path)
         if log.after.get("judge") != judge:
             rewards = reward_model(log.judged, log.after["responses"]).tolist()
@@ -72,7 +79,7 @@ def judged_too(folder):
     from rlhf_helpers.reward import RewardModel
 
     reward_model, judge = RewardModel.load(folder), digest_of_folder(find_whole(folder))
-    for path in sorted((project_root() / "data" / "runs" / "base").glob("*.jsonl.gz")):
+    for path in base_logs():
         log = read_log(path)
         others = log.after.get("other_judges", {})
         if judge != log.after.get("judge") and judge not in others:
@@ -197,7 +204,6 @@ def main():
     from rlhf_helpers import trl_bridge
     from rlhf_helpers.reward import ensure_reward_model
 
-    ensure_reward_model(), judged_too(JUDGE)
     for name in names:
         for run in missing(name, *options.part):
             asked = options.conditions is None or run.condition in options.conditions
@@ -208,6 +214,8 @@ def main():
                 elif run.experiment == "base":
                     make_base(run.condition, run.samples)
                 else:
+                    ensure_reward_model()
+                    judged_too(JUDGE)
                     make(run) if run.beta is None else make_dpo(run)
 
 

@@ -102,7 +102,7 @@ def devices():
     import torch
 
     if not torch.cuda.is_available():
-        kernels = ", oneDNN up to " + os.environ["ONEDNN_MAX_CPU_ISA"] if "ONEDNN_MAX_CPU_ISA" in os.environ else ""
+        kernels = ", ONEDNN_MAX_CPU_ISA=" + os.environ["ONEDNN_MAX_CPU_ISA"] if "ONEDNN_MAX_CPU_ISA" in os.environ else ""
         return (
             True,
             f"no CUDA card: CPU profile, {os.cpu_count()} cores, {torch.get_num_threads()} threads, bf16 compute{kernels}",

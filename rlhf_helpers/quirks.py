@@ -26,12 +26,12 @@ def silence():
 
 
 def same_bits_for_any_rows():
-    """Keep oneDNN (3.12, in torch 2.13) from its AMX kernels, on the Xeons that have them: there a row's bf16 product depends on how
-    many rows stand beside it, so a token would be drawn with other bits than it is scored with (SmolLM2: sampler_kl 0.09 to 0.17
-    nats a response, single tokens 0.3 to 0.5). With AVX512 they are the same. It costs: a step takes 1.9 times as long as with AMX,
-    about what it takes on a CPU without. Called when this package is imported: oneDNN asks for the environment at its first
-    product. Whoever has set ONEDNN_MAX_CPU_ISA keeps it (ALL: sooner, and close). Can go when tests/test_fast.py::
-    test_with_amx_a_row_depends_on_its_neighbours fails."""
+    """Keep oneDNN (3.12, in torch 2.13) from its AMX kernels, on Xeons that have them and Linux, which says so: there a row's bf16
+    product depends on how many rows stand beside it, so a token would be drawn with other bits than it is scored with (SmolLM2:
+    sampler_kl 0.09 to 0.17 nats a response, single tokens 0.3 to 0.5). With AVX512 they are the same. It costs: a step takes 1.9 times
+    as long (benchmarks/README.md). Called when this package is imported: oneDNN looks at the environment at its first product, and
+    once for the whole process. Whoever has set ONEDNN_MAX_CPU_ISA keeps it (ALL: sooner, and close). Can go when
+    tests/test_fast.py::test_with_amx_a_row_depends_on_its_neighbours fails."""
     if has_amx():
         os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
@@ -103,19 +103,19 @@ def give_back_the_rest():
 
 
 def leave_processes(trainer=None):
-    """Close the process group, all processes together, and with it the trackers of `trainer`, which makes no step after this.
+    """Close the process group, all processes together, and the trackers of `trainer`, which makes no step after this.
 
     DistributedDataParallel (torch 2.13) holds the group from within, past `destroy_process_group`, and with it gloo's threads. A
-    process that ends while they run may abort ("terminate called without an active exception", seen twice in some hundred
-    launches). So what holds it is let go first. Can go when tests/test_processes.py::
-    test_a_trainer_keeps_the_threads_of_its_processes_until_they_are_left fails."""
+    process that ends while they run may abort ("terminate called without an active exception", 2 of 25 launches on a busy machine).
+    So what holds it is let go first. (FSDP holds it as well, and nothing that we found lets it go: with `--shard` they stay.) Can go
+    when tests/test_processes.py::test_a_trainer_keeps_the_threads_of_its_processes_until_they_are_left fails."""
     from accelerate import PartialState
 
+    PartialState().wait_for_everyone()
     if trainer is not None:
         trainer.policy = trainer.model  # the same weights, not wrapped
         trainer.accelerator.free_memory()
-        for tracker in trainer.accelerator.trackers:
-            tracker.finish()
     gc.collect()
-    PartialState().wait_for_everyone()
     PartialState().destroy_process_group()
+    for tracker in trainer.accelerator.trackers if trainer else ():
+        tracker.finish()

@@ -12,6 +12,7 @@ from rlhf_helpers.course import experiments, runs
 from rlhf_helpers.course.gold import gold_reward
 from rlhf_helpers.course.variants import ADVANTAGES, CHANGES
 from rlhf_helpers.data import load_prompts
+from rlhf_helpers.errors import InputError
 from tools import experiments as page
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,7 +103,9 @@ def test_another_judge_scores_what_was_written_and_leaves_the_rest(home, monkeyp
 def test_a_new_judge_scores_the_untrained_model_too_and_gains_are_by_one(home, monkeypatch, capsys):
     judged_too = runpy.run_path(ROOT / "data" / "make_runs.py")["judged_too"]
     path, folder = home / "data" / "runs" / "base" / "dev_seed0.jsonl.gz", home / "judge"
-    runs.write_log(path, dict(condition="dev", seed=0), [], after(["x", "yy"], [5.0, 6.0]) | dict(judge="old"))
+    runs.write_log(
+        path, dict(experiment="base", condition="dev", seed=0), [], after(["x", "yy"], [5.0, 6.0]) | dict(judge="old")
+    )
     folder.mkdir(), (folder / "weights").write_text("1")
     monkeypatch.setattr(
         "rlhf_helpers.reward.RewardModel.load",
@@ -120,6 +123,34 @@ def test_a_new_judge_scores_the_untrained_model_too_and_gains_are_by_one(home, m
     assert judge in capsys.readouterr().out
     judged_too(folder)
     assert capsys.readouterr().out == ""  # it has
+    with pytest.raises(InputError, match="base/dev: not scored by the reward model unknown; expected one of old, "):
+        gained("unknown")
+
+
+def test_a_killed_change_of_judges_leaves_logs_that_can_be_read(home, monkeypatch):
+    """It goes through the runs first, and ends with the untrained model, which until then has both judges."""
+    rescore = runpy.run_path(ROOT / "data" / "make_runs.py")["rescore"]
+    kept, folder = dict(experiment="base", condition="dev", seed=0), home / "judge"
+    runs.write_log(home / "data/runs/base/dev_seed0.jsonl.gz", kept, [], after(["x", "yy"], [5.0, 6.0]) | dict(judge="old"))
+    for name in ("a", "z"):
+        path = home / "data" / "runs" / name / "one_seed0.jsonl.gz"
+        runs.write_log(path, dict(condition="one", seed=0), [], after(["xxx", "yyy"], [3.0, 3.0]) | dict(judge="old"))
+    folder.mkdir(), (folder / "weights").write_text("1")
+    asked = []
+
+    def lengths(prompts, texts):
+        asked.append(texts)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return np.array([len(text) for text in texts], dtype=float)
+
+    monkeypatch.setattr("rlhf_helpers.reward.RewardModel.load", lambda folder: lengths)
+    with pytest.raises(KeyboardInterrupt):
+        rescore(folder)
+    gains = lambda name: page.gain(*runs.logs_of(name), "rewards").tolist()
+    assert gains("a") == [2.0, 1.0] and gains("z") == [-2.0, -3.0]
+    rescore(folder)
+    assert gains("a") == gains("z") == [2.0, 1.0] and "other_judges" not in runs.logs_of("base")[0].after
 
 
 def test_a_judge_that_is_none_is_refused_in_one_sentence(tmp_path, monkeypatch, capsys):
@@ -132,12 +163,12 @@ def test_a_judge_that_is_none_is_refused_in_one_sentence(tmp_path, monkeypatch, 
 
 def test_what_a_log_gained_is_by_one_reward_model():
     """Rewards by two of them cannot be compared: training it again moves single scores by up to half a deviation. So whoever judged
-    a run judged the untrained model, too; and all that stands beside best of n in reward has its judge."""
+    a run judged the untrained model, too; and the headline, which stands beside best of n in reward, has its judge."""
     for name in experiments.EXPERIMENTS:
         for log in runs.logs_of(name):
             judge, base = log.after["judge"], page.base(log.after["split"])
             assert judge and len(base.rewards_by(judge)) == len(base.rewards), log.head
-            assert judge == base.after["judge"] or name not in ("base", "recipes", "headline", "placebo", "prices", "capstone")
+            assert judge == base.after["judge"] or name not in ("base", "headline")
 
 
 def test_every_run_has_settings_that_exist_and_a_name_of_its_own():

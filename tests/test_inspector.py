@@ -183,12 +183,21 @@ def test_it_can_be_touched(stepped, tmp_path):
 @pytest.mark.browser
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium here")
 def test_two_runs_side_by_side_move_together(stepped, tmp_path):
-    labelled = lambda *steps: [stepped[2] | {"label": f"after {step} steps" if step else "before training"} for step in steps]
+    def labelled(*steps, times=1):
+        rows = [
+            row | dict(numbers=row["numbers"] | dict(kl=[times * x for x in row["numbers"]["kl"]]))
+            for row in stepped[2]["rows"]
+        ]
+        return [dict(label=f"after {step} steps" if step else "before training", rows=rows) for step in steps]
+
     alone = inspector.page(labelled(0, 8))
-    both = inspector.side_by_side({"one": labelled(0, 4, 8), "two": labelled(0, 6, 30)})
+    both = inspector.side_by_side({"one": labelled(0, 4, 8, times=0), "two": labelled(0, 6, 30, times=0.01)})
     with opened(alone + both, tmp_path) as browser:
         labels = "[...document.querySelectorAll('.rlhf-inspector output')].map(o => o.textContent).join()"
         signals = "[...document.querySelectorAll('.rlhf-inspector')].map(r => r.querySelector('select').selectedIndex).join()"
+        scales = "[...document.querySelectorAll('.rlhf-inspector .bar > .what')].map(o => o.textContent.split('full at ')[1])"
+        one, left, right = browser.evaluate(scales)
+        assert left == right and 0 < float(right) < 0.02 * float(one)  # of the run that has any KL
         assert browser.evaluate(labels) == "after 8 steps,after 8 steps,after 30 steps"
         slide = "(s=>{s.value=%d;s.dispatchEvent(new Event('input'))})(document.querySelectorAll('.rlhf-inspector input')[%d])"
         for place, which, expected in (2, 1, "8,6"), (1, 1, "4,6"), (2, 2, "8,30"):
@@ -196,11 +205,22 @@ def test_two_runs_side_by_side_move_together(stepped, tmp_path):
             assert browser.evaluate(labels) == ",".join(f"after {n} steps" for n in ["8", *expected.split(",")])
         browser.evaluate(slide % (0, 2))
         assert browser.evaluate(labels) == "after 8 steps,before training,before training"
+        browser.evaluate(slide % (2, 2))
+        browser.evaluate(slide % (2, 1))
+        browser.evaluate(slide % (2, 2))
+        moved = browser.evaluate(labels)
         value = list(inspector.SIGNALS).index("value")
         browser.evaluate(
             f"(s=>{{s.selectedIndex={value};s.dispatchEvent(new Event('change'))}})(document.querySelectorAll('.rlhf-inspector select')[2])"
         )
         assert browser.evaluate(signals) == f"{list(inspector.SIGNALS).index('advantage')},{value},{value}"
+        browser.evaluate("document.querySelectorAll('.rlhf-inspector .text')[1].focus()")
+        browser.call("Input.dispatchKeyEvent", type="keyDown", key="ArrowDown", code="ArrowDown")
+        responses = (
+            "[...document.querySelectorAll('.rlhf-inspector')].map(r => r.querySelectorAll('select')[1].selectedIndex).join()"
+        )
+        assert browser.evaluate(responses) == "0,1,1"
+        assert browser.evaluate(labels) == moved == "after 8 steps,after 8 steps,after 30 steps"  # only a slider moves a slider
 
 
 def test_the_page_without_installation_is_small_and_has_both_runs():

@@ -1,7 +1,9 @@
 """What each process of tests/test_processes.py runs: `accelerate launch ... -m tests.worker JOB FOLDER`."""
 
+import contextlib
 import json
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -92,7 +94,19 @@ def unlucky(folder):
 
 
 def threads_of_gloo():
-    return [name for task in Path("/proc/self/task").iterdir() if "gloo" in (name := (task / "comm").read_text().strip())]
+    names = []
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # it has ended since
+            names.append((task / "comm").read_text().strip())
+    return [name for name in names if "gloo" in name]
+
+
+def in_the_end(wait=2.0):
+    """The same, once a thread that was joined has left the list as well."""
+    until = time.monotonic() + wait
+    while threads_of_gloo() and time.monotonic() < until:
+        time.sleep(0.05)
+    return threads_of_gloo()
 
 
 def left(folder):
@@ -103,10 +117,10 @@ def left(folder):
         trainer.accelerator.end_training()
     else:
         leave_processes(trainer)
-    there = threads_of_gloo()
+    there = in_the_end()
     trainer.policy = trainer.model
     trainer.accelerator.free_memory()
-    print(f"threads {there}, then {threads_of_gloo()}", flush=True)
+    print(f"threads {there}, then {in_the_end()}", flush=True)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ TOP = """<!doctype html>
 <h1>Look inside two runs of PPO</h1>
 <p>A language model of 135 million weights, in 4 bits, learns from a reward model to give short, whole, warm answers. Every few steps it was asked the same four
 prompts with the same random numbers. Choose a number to see as colour, point at a token (or click into the text and use the arrow keys), and move the slider from
-<em>before training</em> to the end: both runs move together, to the same step, and have one scale of colours. The course explains each of them: <em>RLHF with PPO, in notebooks</em>.</p>
+<em>before training</em> to the end: the other run goes along, to the nearest step that was recorded, and both have one scale of colours. The course explains each of them: <em>RLHF with PPO, in notebooks</em>.</p>
 """
 
 
@@ -59,7 +59,7 @@ def recorded(settings, steps, every):
 def read(file):
     """The frames of the runs that a page holds, by their titles."""
     data = re.findall(r'<script type="application/json">(.*?)</script>', file.read_text(encoding="utf-8"), re.DOTALL)
-    return {title: json.loads(found)["frames"] for title, found in zip(RUNS, data)}
+    return {title: json.loads(found)["frames"] for title, found in zip(RUNS, data, strict=True)}
 
 
 def picture(page, file, word=" source"):

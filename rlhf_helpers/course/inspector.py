@@ -208,18 +208,18 @@ const at={f:D.frames.length-1,r:0,t:-1,s:D.signal},bar=root.querySelector(".bar"
 const el=(tag,props,...kids)=>{const e=Object.assign(document.createElement(tag),props||{});kids.forEach(k=>e.append(k));return e};
 const row=()=>D.frames[at.f].rows[at.r],show=x=>x===null||x===undefined?"\\u2013":(x<0?"\\u2212":"")+Math.abs(x).toFixed(Math.abs(x)>=10?1:Math.abs(x)>=1?2:3);
 const scale={};Object.keys(D.signals).forEach(s=>{const all=[];D.frames.forEach(f=>f.rows.forEach(r=>(r.numbers[s]||[]).forEach(x=>x!==null&&all.push(Math.abs(x)))));
-all.sort((a,b)=>a-b);scale[s]=all.length?(all[Math.floor(.98*(all.length-1))]||all[all.length-1]||1):1});
+all.sort((a,b)=>a-b);scale[s]=all.length?(all[Math.floor(.98*(all.length-1))]||all[all.length-1]):0});
 const others=()=>root.dataset.linked?[...document.querySelectorAll(".rlhf-inspector")].filter(r=>r!==root&&r.look&&r.dataset.linked===root.dataset.linked).map(r=>r.look):[];
-const steps=D.frames.map(f=>+(f.label.match(/\\d+/)||[0])[0]),tell=()=>others().forEach(o=>o.follow(at.s,at.r,steps[at.f]));
-const most=()=>Math.max(scale[at.s],...others().map(o=>o.scale[at.s]||0));
-root.look={scale,draw:()=>draw(),follow(s,r,step){if(D.signals[s])at.s=s;let best=0;steps.forEach((n,i)=>{if(Math.abs(n-step)<Math.abs(steps[best]-step))best=i});
-at.f=best;at.r=Math.min(r,D.frames[best].rows.length-1);at.t=-1;draw()}};
+const steps=D.frames.map(f=>+(String(f.label||"").match(/\\d+/)||[0])[0]),tell=slid=>others().forEach(o=>o.follow(at.s,at.r,slid?steps[at.f]:null));
+const most=()=>Math.max(scale[at.s],...others().map(o=>o.scale[at.s]||0))||1;
+root.look={scale,draw:()=>draw(),follow(s,r,step){if(D.signals[s])at.s=s;if(step!==null){at.f=0;steps.forEach((n,i)=>{if(Math.abs(n-step)<Math.abs(steps[at.f]-step))at.f=i})}
+at.r=Math.min(r,D.frames[at.f].rows.length-1);at.t=-1;draw()}};
 const pick=(label,list,get,set)=>{const s=el("select",{onchange:()=>{set(+s.value);draw();tell()}});list.forEach((o,i)=>s.append(el("option",{value:i,textContent:o})));
 s.setAttribute("aria-label",label);const box=el("label",{},label+" ",s);box.sync=()=>{s.value=get()};bar.append(box);return box};
 const names=Object.keys(D.signals),controls=[
 pick("show",names.map(n=>D.signals[n][0]),()=>names.indexOf(at.s),i=>{at.s=names[i]}),
 pick("response",D.frames.reduce((a,b)=>b.rows.length>a.rows.length?b:a).rows.map((r,i)=>(i+1)+" \\u00b7 "+r.prompt.slice(0,48)),()=>at.r,i=>{at.r=Math.min(i,D.frames[at.f].rows.length-1);at.t=-1})];
-if(D.frames.length>1){const slide=el("input",{type:"range",min:0,max:D.frames.length-1,step:1,oninput:()=>{at.f=+slide.value;at.r=Math.min(at.r,D.frames[at.f].rows.length-1);at.t=-1;draw();tell()}}),out=el("output");
+if(D.frames.length>1){const slide=el("input",{type:"range",min:0,max:D.frames.length-1,step:1,oninput:()=>{at.f=+slide.value;at.r=Math.min(at.r,D.frames[at.f].rows.length-1);at.t=-1;draw();tell(true)}}),out=el("output");
 slide.setAttribute("aria-label","step");const box=el("label",{},"step ",slide," ",out);box.sync=()=>{slide.value=at.f;out.textContent=D.frames[at.f].label};bar.append(box);controls.push(box)}
 const legend=el("span",{className:"what"});bar.append(legend);
 function detail(){foot.replaceChildren();const r=row();

@@ -15,6 +15,7 @@ import numpy as np
 from rlhf_helpers.config import HELDOUT_FILE, TEST_FILE, project_root
 from rlhf_helpers.course.gold import distinct2, gold_reward, is_whole
 from rlhf_helpers.data import load_prompts, read_jsonl
+from rlhf_helpers.errors import InputError
 from rlhf_helpers.files import whole_file
 
 KEPT = {  # of a step's stats, under short names
@@ -52,10 +53,13 @@ class Log:
         return np.array(self.after["rewards"])
 
     def rewards_by(self, judge):
-        """Scores of the last evaluation by the reward model `judge`, a digest: the log's own, or another that has scored it, too."""
-        if judge == self.after.get("judge"):
-            return self.rewards
-        return np.array(self.after["other_judges"][judge])
+        """Scores of the last evaluation by the reward model `judge`, a digest: the log's own, or another that has scored it, too. Raises
+        InputError where it has not."""
+        known = {self.after.get("judge"): self.after["rewards"], **self.after.get("other_judges", {})}
+        if judge not in known:
+            of = f"{self.head.get('experiment')}/{self.head.get('condition')}"
+            raise InputError(f"{of}: not scored by the reward model {judge}; expected one of {', '.join(map(str, known))}")
+        return np.array(known[judge])
 
     @property
     def kl(self):
