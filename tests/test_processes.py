@@ -57,8 +57,16 @@ def test_an_update_that_one_process_cannot_make_is_made_by_none(tmp_path):
     assert "process 0: skipped 1" in output and "process 1: skipped 1" in output
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="only Linux tells a process the names of its threads")
+linux = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="only Linux tells a process the names of its threads")
+
+
+@linux
+def test_processes_that_leave_leave_no_thread_behind():
+    assert launch(2, "tests.worker", "left", "as we do").count("threads [], then []") == 2
+
+
+@linux
+@pytest.mark.slow
 def test_a_trainer_keeps_the_threads_of_its_processes_until_they_are_left():
     destroyed = launch(2, "tests.worker", "left", "destroyed")
     assert destroyed.count("threads ['gloo") == destroyed.count("then []") == 2, "quirks.leave_processes can go"
-    assert launch(2, "tests.worker", "left", "as we do").count("threads [], then []") == 2

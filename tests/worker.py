@@ -3,7 +3,6 @@
 import contextlib
 import json
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -101,12 +100,9 @@ def threads_of_gloo():
     return [name for name in names if "gloo" in name]
 
 
-def in_the_end(wait=2.0):
+def in_the_end(looks=5_000):
     """The same, once a thread that was joined has left the list as well."""
-    until = time.monotonic() + wait
-    while threads_of_gloo() and time.monotonic() < until:
-        time.sleep(0.05)
-    return threads_of_gloo()
+    return next((names for _ in range(looks) if not (names := threads_of_gloo())), threads_of_gloo())
 
 
 def left(folder):
