@@ -129,6 +129,17 @@ def test_an_ensemble_is_the_mean_or_the_least_of_its_members_standardised_on_the
         assert torch.corrcoef(torch.stack([scores, expected]))[0, 1] == pytest.approx(1, abs=1e-5)
 
 
+def test_counting_warm_words_never_reads_the_prompt_and_costs_what_the_reward_model_does():
+    score = variants.reward_named("warm_words", 0)
+    texts = ["love joy peace happy calm", "love love", "The bee makes honey."]
+    scores = score(["a bee"] * 3, texts)
+    assert torch.equal(scores, score(["tell me of trains"] * 3, texts))
+    assert (scores[0] - scores[1]) / (scores[1] - scores[2]) == pytest.approx(4.0)  # a fourth and fifth pay as the second does
+    prompts_, responses = variants.base_samples(variants.load_preferences(variants.project_root() / variants.DATA_FILE))
+    every = score(prompts_, responses)
+    assert every.mean().item() == pytest.approx(0, abs=1e-5) and every.std().item() == pytest.approx(1, abs=1e-5)
+
+
 def test_small_reward_models_get_as_many_steps_as_600_pairs_take(monkeypatch):
     asked = {}
     monkeypatch.setattr(

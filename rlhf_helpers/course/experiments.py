@@ -114,6 +114,11 @@ SAMPLERS = {  # "exact" is the headline's
 
 ENSEMBLES = {f"{how}_of_five": dict(reward=f"ensemble_{how}", minutes=10) for how in ("mean", "min")}
 
+COUNTING = {  # a proxy that anybody would call wrong, with and without what is there to keep a policy in bounds
+    "no_price": dict(reward="warm_words", settings=dict(init_kl_coef=0.0, kl_budget=None), steps=48, minutes=9),
+    "frozen": dict(reward="warm_words"),
+}
+
 # The blind runs of notebook 09; the healthy one is a headline run. "labelled" is a reward model from 50 pairs.
 CAPSTONE = {
     "fifty_pairs_no_price": dict(
@@ -133,6 +138,7 @@ EXPERIMENTS = {
     "headline": each("headline", {"frozen": {}}, range(10)),
     "placebo": each("placebo", {"random_scores": dict(reward="random")}, range(3)),
     "prices": each("prices", PRICES, range(3)),
+    "counting": each("counting", COUNTING, range(3)),
     "advantages": each("advantages", ADVANTAGES, range(5)),
     "dpo": each("dpo", DPO, range(3)),
     "changes": each("changes", CHANGES, range(3)),

@@ -7,7 +7,7 @@ import torch
 
 from rlhf_helpers import advantages, fast, ppo
 from rlhf_helpers.config import DATA_FILE, project_root
-from rlhf_helpers.course import capstone
+from rlhf_helpers.course import capstone, gold
 from rlhf_helpers.data import load_preferences
 from rlhf_helpers.files import find_whole
 from rlhf_helpers.reward import RewardModel, base_samples, ensure_reward_model, train_reward_model
@@ -175,9 +175,24 @@ def kept(name, pairs, seed, **options):
     return train_reward_model(pairs, folder, seed=seed, **options)[0]
 
 
+class CountsWarmWords:
+    """A reward that never reads the prompt: how many different warm words a response has, in deviations of what the responses in
+    `pairs` have, so that a nat of KL costs as much as with the reward model."""
+
+    def __init__(self, pairs):
+        counts = torch.tensor([gold.warm_words(response) for response in base_samples(pairs)[1]], dtype=torch.float32)
+        self.mean, self.std = counts.mean(), counts.std()
+
+    def __call__(self, prompts, responses):
+        counts = torch.tensor([gold.warm_words(response) for response in responses], dtype=torch.float32)
+        return (counts - self.mean) / self.std
+
+
 def reward_named(name, seed):
-    """The reward function of a run: "model" (the course's), "random", "labelled" (the capstone's, from 50 pairs), "pairs_N",
-    "ensemble_mean", "ensemble_min"."""
+    """The reward function of a run: "model" (the course's), "random", "warm_words", "labelled" (the capstone's, from 50 pairs),
+    "pairs_N", "ensemble_mean", "ensemble_min"."""
+    if name == "warm_words":
+        return CountsWarmWords(load_preferences(project_root() / DATA_FILE))
     if name == "random":  # placebo: as spread as the reward model's scores are, and about nothing
         generator = torch.Generator().manual_seed(seed)
         return lambda prompts, responses: torch.randn(len(prompts), generator=generator)
