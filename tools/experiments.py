@@ -13,7 +13,7 @@ import matplotlib
 import numpy as np
 
 from rlhf_helpers.course import compare
-from rlhf_helpers.course.compare import SIZES, base, gain, plane, signed, spread
+from rlhf_helpers.course.compare import SIZES, base, drawn_until_whole, gain, net, plane, signed, spread
 from rlhf_helpers.course.experiments import EXPERIMENTS, missing
 from rlhf_helpers.course.gold import gold_parts
 from rlhf_helpers.course.runs import logs_of
@@ -107,6 +107,7 @@ def headline():
             mean, (low, high) = two_level_interval(apart)
             verdict = "more than" if low > 0 else "less than" if high < 0 else "a tie with"
             lines.append(f"- In {title} {verdict} best of {n}: {spread((mean, (low, high)))}.")
+    lines += controls(logs, chosen_of(rewards, rewards, 4).mean() - rewards.mean())
     each = lambda what: [what(log) for log in logs]
     across = lambda values, form: f"{np.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
     lines.append(f"- Mean and range of the seeds: KL {across(each(lambda log: log.kl), '.1f')} nats, whole answers "
@@ -114,6 +115,42 @@ def headline():
                  f"minutes of PPO on two cores {across(each(lambda log: log.head['seconds'] / 60), '.1f')}.")  # fmt: skip
     lines.append(f"- {len(logs)} of 10 seeds are made.")
     return "\n".join(lines)
+
+
+def controls(logs, best_of_4):
+    """What else would have brought the gold, and what the gain is worth by PPO's own objective."""
+    before, price = base("test"), logs[0].head["config"]["init_kl_coef"]
+    whole = drawn_until_whole(before, before.gold)
+    apart = two_level_interval(np.stack([log.by_prompt(log.gold).mean(1) - whole for log in logs]))
+    more = mean_interval(whole - before.by_prompt(before.gold).mean(1))
+    worth = np.stack([net(log, price) for log in logs])
+    free = best_of_4 - price * (math.log(4) - 3 / 4)
+    return [
+        f"- Drawing anew until an answer of the untrained model is *whole*, without a reward model, has a gold of {whole.mean():.2f}: {spread(more)} "
+        f"above a single one, at {1 / before.whole:.1f} draws an answer. PPO has {spread(apart)} more.",
+        f"- By PPO's own objective, the reward less {price:g} a nat of KL, the ten gained {spread(two_level_interval(worth))}; best of 4, at its bound of "
+        f"KL, {signed(free)}.",
+    ]
+
+
+def parts():
+    """The factors of the gold before and after: what the gain is made of."""
+    before, logs = base("test"), logs_of("headline")
+    if before is None or not logs:
+        return NONE_YET
+    of = lambda log: [gold_parts(prompt, text) for prompt, text in zip(log.judged, log.after["responses"])]
+    found, rows = [(log, of(log)) for log in [before, *logs]], []
+    for name, title in PARTS.items():
+        start, *ends = [log.by_prompt([part[name] for part in some]).mean(1) for log, some in found]
+        gains = np.stack(ends) - start
+        rows.append([title, f"{start.mean():.2f}", f"{np.mean(ends):.2f}", spread(two_level_interval(gains)),
+                     f"{(gains.mean(1) > 0).sum()} of {len(logs)}"])  # fmt: skip
+    return table(["factor", "before", "after", "gain", "seeds with a gain"], rows)
+
+
+PARTS = dict(
+    whole="whole (else a third)", fresh="fresh", on_subject="on subject", english="English", warmth="warm words, up to 3"
+)
 
 
 def samples():
@@ -175,6 +212,7 @@ BLOCKS = dict(
     recipes=recipes,
     recipes_on_a_card=lambda: recipes("recipes_on_a_card"),
     headline=headline,
+    parts=parts,
     samples=samples,
     still_to_make=still_to_make,
 )

@@ -7,6 +7,7 @@ import numpy as np
 
 from rlhf_helpers.course import plots
 from rlhf_helpers.course.experiments import EXPERIMENTS
+from rlhf_helpers.course.gold import is_whole
 from rlhf_helpers.course.runs import logs_of
 from rlhf_helpers.evaluation import chosen_of
 from rlhf_helpers.intervals import two_level_interval
@@ -34,6 +35,20 @@ def gain(log, name):
     before = base(log.after["split"])
     start = before.rewards_by(log.after.get("judge")) if name == "rewards" else getattr(before, name)
     return log.by_prompt(getattr(log, name)).mean(1) - before.by_prompt(start).mean(1)
+
+
+def net(log, price):
+    """PPO's own objective, prompt by prompt, (prompts,): the reward less a price on KL (Ziegler et al. 2019, equation 2), less what the
+    untrained model has, whose KL is 0."""
+    return gain(log, "rewards") - price * log.by_prompt(log.after["kl"]).mean(1)
+
+
+def drawn_until_whole(log, values):
+    """What drawing anew until an answer is whole would have, without any reward model, prompt by prompt, (prompts,): the mean of
+    `values` over a prompt's whole answers, or over all where none is."""
+    whole = log.by_prompt([is_whole(text) for text in log.after["responses"]])
+    kept = np.where(whole.any(1, keepdims=True), whole, True)
+    return (log.by_prompt(values) * kept).sum(1) / kept.sum(1)
 
 
 def signed(x):
