@@ -352,3 +352,12 @@ def test_a_history_from_elsewhere_may_lack_any_stat(kept):
 def test_every_rule_is_provoked_here():
     provoked = re.findall(r"diagnosed\(doctor\.(\w+),", Path(__file__).read_text(encoding="utf-8"))
     assert sorted(provoked) == sorted(rule.__name__ for rule, _, _ in doctor.RULES)
+
+
+def test_runs_that_were_paid_for_warm_words_left_their_subject_and_the_headline_s_did_not():
+    """Real runs, from their logs: three that counted warm words, without a price (notebook 07), and the course's ten."""
+    left = lambda log: doctor.leaves_subject(doctor.Run(log.history, log.texts))
+    hacked, healthy = logs_of("counting", "no_price"), logs_of("headline")
+    assert len(hacked) == 3 and len(healthy) == 10
+    assert all(map(left, hacked)) and not any(map(left, healthy))
+    assert all(log.gold.mean() == 0 for log in hacked)
