@@ -195,7 +195,9 @@ def test_two_runs_side_by_side_move_together(stepped, tmp_path):
     with opened(alone + both, tmp_path) as browser:
         labels = "[...document.querySelectorAll('.rlhf-inspector output')].map(o => o.textContent).join()"
         signals = "[...document.querySelectorAll('.rlhf-inspector')].map(r => r.querySelector('select').selectedIndex).join()"
-        scales = "[...document.querySelectorAll('.rlhf-inspector .bar > .what')].map(o => o.textContent.split('full at ')[1])"
+        scales = (
+            "[...document.querySelectorAll('.rlhf-inspector .bar > .what')].map(o => o.textContent.split('full colour at ')[1])"
+        )
         one, left, right = browser.evaluate(scales)
         assert left == right and 0 < float(right) < 0.02 * float(one)  # of the run that has any KL
         assert browser.evaluate(labels) == "after 8 steps,after 8 steps,after 30 steps"

@@ -22,13 +22,13 @@ from rlhf_helpers.trainer import PPOTrainer
 HERE = Path(__file__).resolve().parent
 RUNS = {
     "With a price on KL": (
-        "The profile's settings for two cores: a nat of KL costs 0.05 of a deviation of the scores, and a budget of 9 nats would end the run.",
+        "The profile's settings for two cores: a nat of KL costs 0.05 of a deviation of the scores. A budget of 9 nats a response, mean of four steps of training, would end the run.",
         {},
         32,
         4,
     ),
     "Without a price": (
-        "No price, no budget, two optimizer steps from each batch: the settings of notebook 07, for 48 steps instead of 24.",
+        "No price, no budget, two optimizer steps from each batch, as in notebook 07; 48 steps, where the other has 32.",
         dict(init_kl_coef=0.0, kl_budget=math.inf, gradient_accumulation_steps=1),
         48,
         6,
@@ -38,11 +38,11 @@ TOP = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>RLHF with PPO: look inside two runs</title>
 <style>body{font:16px/1.55 system-ui,sans-serif;max-width:1240px;margin:24px auto;padding:0 16px;color:#111;background:#fff}
-@media (prefers-color-scheme:dark){body{color:#eee;background:#121212}}h1{font-size:1.6em}h3{font-size:1.1em;margin:.6em 0 .4em}p{max-width:80ch}</style></head><body>
+@media (prefers-color-scheme:dark){body{color:#eee;background:#121212}}h1{font-size:1.6em}h2{font-size:1.1em;margin:.6em 0 .4em}p{max-width:80ch}</style></head><body>
 <h1>Look inside two runs of PPO</h1>
 <p>A language model of 135 million weights, in 4 bits, learns from a reward model to give short, whole, warm answers. Every few steps it was asked the same four
 prompts with the same random numbers. Choose a number to see as colour, point at a token (or click into the text and use the arrow keys), and move the slider from
-<em>before training</em> to the end: the other run goes along, to the nearest step that was recorded, and both have one scale of colours. The course explains each of them: <em>RLHF with PPO, in notebooks</em>.</p>
+<em>before training</em> to the end: the other run goes along, to the nearest step that was recorded, and both have one scale of colours. An answer is one draw, so its score jumps from step to step. The course explains each number: <em>RLHF with PPO, in notebooks</em>.</p>
 """
 
 

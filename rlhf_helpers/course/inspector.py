@@ -18,11 +18,11 @@ from rlhf_helpers.models import response_logits
 SIGNALS = {  # key: (name on the page, what it is)
     "logprob": ("log-prob", "log-probability under the policy that wrote it, nats"),
     "ref": ("reference", "log-probability under the reference, nats"),
-    "kl": ("KL", "log-prob less the reference's, nats"),
+    "kl": ("KL", "log-prob less the reference's, nats; of a single token it may be below 0"),
     "price": ("price of KL", "what the token pays for its KL: -\u03b2 \u00d7 KL"),
     "reward": ("reward", "the price, and on the last token the score"),
     "value": ("value", "what the value head expects before this token"),
-    "return": ("return", "value and advantage before whitening; where \u03bb is 1, what came from this token on"),
+    "return": ("return", "value plus advantage before whitening; with \u03bb = 1, all that is earned from this token on"),
     "raw": ("return \u2212 value", "the advantage before whitening"),
     "advantage": ("advantage", "what the update weighs the token with"),
     "change": ("change", "log-prob after the update, less before; nats"),
@@ -151,7 +151,7 @@ def side_by_side(runs, signal="kl"):
     """Two recorded runs as HTML, next to each other where the page is wide enough: a dict of their frames by title. Signal, response
     and slider of one move the other's (to the nearest step that it has), and both have one scale."""
     columns = (
-        f"<div><h3>{escaping.escape(title)}</h3>\n{page(frames, signal, linked='runs')}</div>" for title, frames in runs.items()
+        f"<div><h2>{escaping.escape(title)}</h2>\n{page(frames, signal, linked='runs')}</div>" for title, frames in runs.items()
     )
     return (
         '<div style="display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,30rem),1fr));gap:16px">'
@@ -230,10 +230,10 @@ foot.append(left);
 if(r.likeliest){const right=el("table");right.append(el("tr",{},...["policy would say","","reference would say",""].map(h=>el("th",{textContent:h}))));
 const [p,q]=r.likeliest[at.t];p.forEach((_,i)=>right.append(el("tr",{},...[p[i],q[i]].flatMap(x=>[el("td",{textContent:JSON.stringify(x[0])}),el("td",{className:"n",textContent:(100*x[1]).toFixed(1)+" %"})]))));foot.append(right)}}
 function choose(t){at.t=t;[...text.children].forEach((s,i)=>s.classList.toggle("on",i===t));detail()}
-function draw(){const r=row(),m=most();root.querySelector(".prompt").textContent=r.prompt+"   (score "+show(r.score)+")";text.replaceChildren();
+function draw(){const r=row(),m=most();root.querySelector(".prompt").textContent=r.prompt+"   (score "+show(r.score)+(r.numbers.kl?", KL "+show(r.numbers.kl.reduce((a,b)=>a+b,0))+" nats":"")+")";text.replaceChildren();
 r.tokens.forEach((token,i)=>{const x=(r.numbers[at.s]||[])[i],s=el("span",{textContent:token,onmouseenter:()=>choose(i),onclick:()=>choose(i)});
 if(x!==null&&x!==undefined){s.style.background="rgba(var("+(x<0?"--down":"--up")+"),"+(.75*Math.min(1,Math.abs(x)/m)).toFixed(3)+")"}text.append(s)});
-legend.textContent=D.signals[at.s][1]+"; blue above 0, orange below, full at "+show(m);controls.forEach(c=>c.sync());choose(Math.min(at.t,r.tokens.length-1))}
+legend.textContent=D.signals[at.s][1]+"; blue above 0, orange below, full colour at "+show(m);controls.forEach(c=>c.sync());choose(Math.min(at.t,r.tokens.length-1))}
 text.addEventListener("keydown",e=>{const rows=D.frames[at.f].rows.length,keys={ArrowRight:()=>choose(Math.min(at.t+1,row().tokens.length-1)),ArrowLeft:()=>choose(Math.max(at.t-1,0)),
 ArrowDown:()=>{at.r=(at.r+1)%rows;draw();tell()},ArrowUp:()=>{at.r=(at.r+rows-1)%rows;draw();tell()}};if(keys[e.key]){e.preventDefault();e.stopPropagation();keys[e.key]()}});
 draw();others().forEach(o=>o.draw())})();
