@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 
 from rlhf_helpers.course import run_figures
+from rlhf_helpers.course.gold import gold_reward
+from rlhf_helpers.course.runs import Log
 
 
 @pytest.mark.parametrize(
@@ -47,3 +49,18 @@ def test_the_curves_of_gao_end_where_their_points_end():
     points, curve, dots, *_ = figure.axes[0].lines
     assert list(points.get_ydata()) == pytest.approx([0.45, 0.75, 1.05]) and list(dots.get_xdata()) == [1.5]
     assert (curve.get_xdata()[0], curve.get_xdata()[-1]) == (0.5, 2.0)
+
+
+def test_what_is_paid_and_what_is_wanted_are_two_panels_with_a_line_a_run():
+    log = lambda *scores: Log(
+        dict(condition="x"),
+        [dict(scores=[s], prompts=["Say something about tea."], texts=["Tea is nice."]) for s in scores],
+        {},
+    )
+    paid, wanted = run_figures.paid_and_wanted(
+        {"frozen": [log(1.0, 3.0)], "no_price": [log(2.0, 4.0, 6.0), log(0.0, 0.0)]}, width=2
+    ).axes
+    curves = [list(line.get_ydata()) for line in paid.get_lines()]
+    assert curves[:3] == [[1.0, 2.0], [2.0, 3.0, 5.0], [0.0, 0.0]]
+    assert all(y == gold_reward("Say something about tea.", "Tea is nice.") for y in wanted.get_lines()[1].get_ydata())
+    assert [text.get_text() for text in paid.get_legend().get_texts()] == ["frozen", "no price"]

@@ -12,8 +12,8 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from rlhf_helpers.course import compare
-from rlhf_helpers.course.compare import SIZES, base, drawn_until_whole, gain, net, plane, signed, spread
+from rlhf_helpers.course import compare, run_figures
+from rlhf_helpers.course.compare import SIZES, base, by_condition, drawn_until_whole, gain, net, plane, signed, spread
 from rlhf_helpers.course.experiments import EXPERIMENTS, missing
 from rlhf_helpers.course.gold import gold_parts
 from rlhf_helpers.course.runs import logs_of
@@ -183,7 +183,12 @@ def with_figure(experiment, text):
     """A block with its figure above, once there are logs."""
     if text == NONE_YET:
         return text
-    alt = f"Gold over the square root of KL: the runs of {experiment} as dots, best of n of the untrained model as a line"
+    alt = {
+        "counting": "Score and gold over the steps, a line a run: without a price the score climbs to 11, and the gold falls to 0"
+    }.get(
+        experiment,
+        f"Gold over the square root of KL: the runs of {experiment} as dots, best of n of the untrained model as a line",
+    )
     return f"![{alt}](figures/{experiment}.svg)\n\n{text}"
 
 
@@ -191,7 +196,11 @@ def draw(folder):
     """The figure of every experiment with logs, as SVG; the same logs give the same file."""
     folder.mkdir(exist_ok=True)
     for experiment in DRAWN:
-        if figure := plane(experiment, **(compare.by_rate("prices") if experiment == "prices" else {})):
+        options = compare.by_rate("prices") if experiment == "prices" else {}
+        made = (
+            run_figures.paid_and_wanted(by_condition(experiment)) if experiment == "counting" else plane(experiment, **options)
+        )
+        if figure := logs_of(experiment) and made:
             with matplotlib.rc_context({"svg.hashsalt": experiment, "svg.fonttype": "none"}):
                 figure.savefig(folder / f"{experiment}.svg", format="svg", metadata={"Date": None})
 

@@ -14,22 +14,25 @@ from pathlib import Path
 
 from rlhf_helpers.config import CPU, project_root
 from rlhf_helpers.course import inspector
+from rlhf_helpers.course.variants import reward_named
 from rlhf_helpers.data import load_prompts
 from rlhf_helpers.models import load_policy
-from rlhf_helpers.reward import ensure_reward_model
 from rlhf_helpers.trainer import PPOTrainer
 
 HERE = Path(__file__).resolve().parent
 RUNS = {
-    "With a price on KL": (
+    "Paid by the reward model, with a price on KL": (
         "The profile's settings for two cores: a nat of KL costs 0.05 of a deviation of the scores. A budget of 9 nats a response, mean of four steps of training, would end the run.",
+        "model",
         {},
         32,
         4,
     ),
-    "Without a price": (
-        "No price, no budget, two optimizer steps from each batch, as in notebook 07; 48 steps, where the other has 32.",
-        dict(init_kl_coef=0.0, kl_budget=math.inf, gradient_accumulation_steps=1),
+    "Paid for warm words, without a price": (
+        "The score is how many different warm words an answer has, whatever was asked, in deviations of the training data's; no price, no budget, 48 steps "
+        "(notebook 07, section 3).",
+        "warm_words",
+        dict(init_kl_coef=0.0, kl_budget=math.inf),
         48,
         6,
     ),
@@ -40,19 +43,19 @@ TOP = """<!doctype html>
 <style>body{font:16px/1.55 system-ui,sans-serif;max-width:1240px;margin:24px auto;padding:0 16px;color:#111;background:#fff}
 @media (prefers-color-scheme:dark){body{color:#eee;background:#121212}}h1{font-size:1.6em}h2{font-size:1.1em;margin:.6em 0 .4em}p{max-width:80ch}</style></head><body>
 <h1>Look inside two runs of PPO</h1>
-<p>A language model of 135 million weights, in 4 bits, learns from a reward model to give short, whole, warm answers. Every few steps it was asked the same four
+<p>A language model of 135 million weights, in 4 bits, learns by PPO, twice: from a reward model that likes short, whole, warm answers, and from a mere count of warm words, which are soon all it says. Every few steps it was asked the same four
 prompts with the same random numbers. Choose a number to see as colour, point at a token (or click into the text and use the arrow keys), and move the slider from
 <em>before training</em> to the end: the other run goes along, to the nearest step that was recorded, and both have one scale of colours. An answer is one draw, so its score jumps from step to step. The course explains each number: <em>RLHF with PPO, in notebooks</em>.</p>
 """
 
 
-def recorded(settings, steps, every):
+def recorded(reward, settings, steps, every):
     """The frames of one run on four held-out prompts."""
     policy, tokenizer = load_policy(CPU, seed=0)
     trainer = PPOTrainer(CPU.ppo_config(**settings, seed=0), policy, tokenizer=tokenizer)
-    reward_model, root = ensure_reward_model(), project_root()
-    recorder = inspector.Recorder(trainer, load_prompts(root / CPU.heldout_prompts)[:4], reward_model, every, likeliest=True)
-    trainer.train(load_prompts(root / CPU.prompts), reward_model, steps=steps, on_step=recorder)
+    score, root = reward_named(reward, 0), project_root()
+    recorder = inspector.Recorder(trainer, load_prompts(root / CPU.heldout_prompts)[:4], score, every, likeliest=True)
+    trainer.train(load_prompts(root / CPU.prompts), score, steps=steps, on_step=recorder)
     return recorder.frames
 
 
@@ -89,9 +92,9 @@ def main():
         return picture(docs / "inspector.html", docs / "inspector.png")
     file = docs / "inspector.html"
     runs = read(file) if options.layout else {}
-    for title, (_, settings, steps, every) in RUNS.items():
+    for title, (_, *how) in RUNS.items():
         if title not in runs:
-            runs[title] = recorded(settings, steps, every)
+            runs[title] = recorded(*how)
             print(title, "recorded", flush=True)
     about = "".join(f"<p><b>{title}.</b> {words}</p>\n" for title, (words, *_) in RUNS.items())
     text = f"{TOP}{about}{inspector.side_by_side(runs)}\n</body></html>\n"

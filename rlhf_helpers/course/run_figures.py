@@ -38,6 +38,21 @@ def of_seeds(runs, curves, limits=None, named=(), width=4):
     return figure
 
 
+def paid_and_wanted(groups, width=4):
+    """Two panels, what is paid (the score) and what is wanted (the gold), over the steps, means of `width`: {name: logs}, a line a run."""
+    figure, axes = new_figure(1, 2, size=(8, 2.9))
+    for axis, key, title in zip(axes[0], ("score", "gold"), ("score: what is paid", "gold: what is wanted")):
+        for (name, logs), colour, style in zip(groups.items(), (BLUE, RED), ("--", "-")):
+            for number, log in enumerate(logs):
+                line = running_mean(log.course_of(key), width)
+                label = None if number else name.replace("_", " ")
+                axis.plot(range(1, len(line) + 1), line, style, color=colour, linewidth=1.4, label=label)
+        axis.axhline(0, color="black", linewidth=0.5)
+        axis.set(title=title, xlabel=f"step; means of {width}")
+    axes[0, 0].legend(frameon=False, fontsize=SMALL)
+    return figure
+
+
 def distance(kl):
     """The square root of a KL in nats, 0 for an estimate below 0."""
     return np.sqrt(np.maximum(kl, 0))
