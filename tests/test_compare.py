@@ -33,6 +33,19 @@ def test_a_condition_is_compared_with_the_frozen_recipe_s_runs_of_the_same_seeds
     assert dict(zip(compare.COLUMNS, row))["seeds"] == 1 and row[4] == "+2.00: one seed decides nothing"
 
 
+def test_the_objective_is_the_reward_gained_less_the_price_of_the_kl(home):
+    write("headline", "frozen", 0, rewards=(2.0, 3.0), kl=4.0)
+    (log,) = runs.logs_of("headline")
+    assert compare.net(log, 0.0).tolist() == compare.gain(log, "rewards").tolist() == [0.5, 1.5]
+    assert compare.net(log, 0.25).tolist() == [-0.5, 0.5]
+
+
+def test_drawing_until_an_answer_is_whole_keeps_the_whole_ones_and_all_where_there_is_none(home):
+    write("headline", "frozen", 0, ["Tea is", "Tea is warm.", "It is.", "a", "b", "c", "d", "e"], range(8))
+    (log,) = runs.logs_of("headline")
+    assert compare.drawn_until_whole(log, log.rewards).tolist() == [1.5, 5.5]  # of 0 to 3 the two whole ones; of 4 to 7 all
+
+
 def test_the_frozen_recipe_is_not_compared_with_itself(home):
     write("headline", "frozen", 0), write("dpo", "beta_1", 3)
     frozen, alone = compare.rows("headline", "dpo")
