@@ -65,21 +65,22 @@ def read(file):
     return {title: json.loads(found)["frames"] for title, found in zip(RUNS, data, strict=True)}
 
 
-def picture(page, file, word=" source"):
-    """A screenshot of the page's first run alone, with all numbers of one word of the answer, as if it were pointed at."""
+def picture(page, file, words=(" source", " laughter")):
+    """A screenshot of the page's two runs, with all numbers of one word of each answer, as if it were pointed at."""
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if chromium is None:
         raise SystemExit("no Chromium here (Debian: apt install chromium)")
-    point = f"""document.body.replaceChildren(document.querySelector('.rlhf-inspector'));
-        const tokens = [...document.querySelectorAll('.text span')];
-        (tokens.find(token => token.textContent === {word!r}) || tokens[6]).dispatchEvent(new MouseEvent('mouseenter'))"""
+    point = f"""document.body.replaceChildren(document.querySelector('.rlhf-inspector').parentNode.parentNode);
+        document.querySelectorAll('.text').forEach((text, n) => {{
+            const tokens = [...text.children], found = tokens.find(token => token.textContent === {json.dumps(words)}[n]);
+            (found || tokens[6]).dispatchEvent(new MouseEvent('mouseenter'))}})"""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "page.html"
         copy.write_text(
             page.read_text(encoding="utf-8").replace("</body>", f"<script>{point}</script></body>"), encoding="utf-8"
         )
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--force-device-scale-factor=1.5"]
-        size = ["--window-size=1020,640", f"--user-data-dir={folder}/profile"]
+        size = ["--window-size=1260,800", f"--user-data-dir={folder}/profile"]
         subprocess.run([chromium, *flags, *size, f"--screenshot={file}", copy.as_uri()], check=True, stderr=subprocess.DEVNULL)
 
 

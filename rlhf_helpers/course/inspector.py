@@ -192,7 +192,8 @@ font:15px/1.6 system-ui,sans-serif;border:1px solid var(--line);border-radius:8p
 #NAME .prompt{font-weight:600}
 #NAME table{border-collapse:collapse;font-size:13px;margin:8px 0 0;color:inherit}
 #NAME td,#NAME th{padding:1px 10px 1px 0;text-align:left;border:0;background:none;color:inherit}
-#NAME td.n{text-align:right;font-variant-numeric:tabular-nums}
+#NAME td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+#NAME th{white-space:nowrap}
 #NAME .foot{display:flex;flex-wrap:wrap;gap:4px 40px;min-height:15em;align-items:flex-start}
 #NAME .what{opacity:.75}
 </style>
