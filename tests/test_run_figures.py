@@ -52,15 +52,16 @@ def test_the_curves_of_gao_end_where_their_points_end():
 
 
 def test_what_is_paid_and_what_is_wanted_are_two_panels_with_a_line_a_run():
-    log = lambda *scores: Log(
-        dict(condition="x"),
-        [dict(scores=[s], prompts=["Say something about tea."], texts=["Tea is nice."]) for s in scores],
-        {},
-    )
+    prompt, texts = "Say something about tea.", ["Tea is nice.", "Tea is a thing.", "Rain is nice."]
+    step = lambda score, text: dict(scores=[score], prompts=[prompt], texts=[text])
+    log = lambda *scores: Log(dict(condition="x"), list(map(step, scores, texts)), {})
     paid, wanted = run_figures.paid_and_wanted(
         {"frozen": [log(1.0, 3.0)], "no_price": [log(2.0, 4.0, 6.0), log(0.0, 0.0)]}, width=2
     ).axes
     curves = [list(line.get_ydata()) for line in paid.get_lines()]
     assert curves[:3] == [[1.0, 2.0], [2.0, 3.0, 5.0], [0.0, 0.0]]
-    assert all(y == gold_reward("Say something about tea.", "Tea is nice.") for y in wanted.get_lines()[1].get_ydata())
+    golds = [gold_reward(prompt, text) for text in texts]
+    assert golds == [2.5, 1.5, 0.0] and list(wanted.get_lines()[1].get_ydata()) == [2.5, 2.0, 0.75]
+    colours = [line.get_color() for line in paid.get_lines()[:3]]
+    assert colours == [run_figures.BLUE, run_figures.RED, run_figures.RED]
     assert [text.get_text() for text in paid.get_legend().get_texts()] == ["frozen", "no price"]

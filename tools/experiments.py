@@ -15,7 +15,7 @@ import numpy as np
 from rlhf_helpers.course import compare, run_figures
 from rlhf_helpers.course.compare import SIZES, base, by_condition, drawn_until_whole, gain, net, plane, signed, spread
 from rlhf_helpers.course.experiments import EXPERIMENTS, missing
-from rlhf_helpers.course.gold import gold_parts
+from rlhf_helpers.course.gold import gold_parts, is_whole
 from rlhf_helpers.course.runs import logs_of
 from rlhf_helpers.evaluation import chosen_of
 from rlhf_helpers.intervals import mean_interval, two_level_interval
@@ -121,13 +121,15 @@ def controls(logs, best_of_4):
     """What else would have brought the gold, and what the gain is worth by PPO's own objective."""
     before, price = base("test"), logs[0].head["config"]["init_kl_coef"]
     whole = drawn_until_whole(before, before.gold)
+    ended = before.by_prompt([is_whole(text) for text in before.after["responses"]])
+    draws = np.mean((ended.shape[1] + 1) / (ended.sum(1) + 1))  # 1 / p, prompt by prompt, kept finite where none ended
     apart = two_level_interval(np.stack([log.by_prompt(log.gold).mean(1) - whole for log in logs]))
     more = mean_interval(whole - before.by_prompt(before.gold).mean(1))
     worth = np.stack([net(log, price) for log in logs])
     free = best_of_4 - price * (math.log(4) - 3 / 4)
     return [
         f"- Drawing anew until an answer of the untrained model is *whole*, without a reward model, has a gold of {whole.mean():.2f}: {spread(more)} "
-        f"above a single one, at {1 / before.whole:.1f} draws an answer. PPO has {spread(apart)} more.",
+        f"above a single one, at {draws:.1f} draws an answer. PPO has {spread(apart)} more.",
         f"- By PPO's own objective, the reward less {price:g} a nat of KL, the ten gained {spread(two_level_interval(worth))}; best of 4, at its bound of "
         f"KL, {signed(free)}.",
     ]
@@ -184,7 +186,7 @@ def with_figure(experiment, text):
     if text == NONE_YET:
         return text
     alt = {
-        "counting": "Score and gold over the steps, a line a run: without a price the score climbs to 11, and the gold falls to 0"
+        "counting": "Score and gold over the steps, a line a run: without a price the score climbs to 10 and more, and the gold falls to 0"
     }.get(
         experiment,
         f"Gold over the square root of KL: the runs of {experiment} as dots, best of n of the untrained model as a line",
@@ -195,12 +197,12 @@ def with_figure(experiment, text):
 def draw(folder):
     """The figure of every experiment with logs, as SVG; the same logs give the same file."""
     folder.mkdir(exist_ok=True)
-    for experiment in DRAWN:
-        options = compare.by_rate("prices") if experiment == "prices" else {}
-        made = (
-            run_figures.paid_and_wanted(by_condition(experiment)) if experiment == "counting" else plane(experiment, **options)
-        )
-        if figure := logs_of(experiment) and made:
+    of = dict(
+        prices=lambda: plane("prices", **compare.by_rate("prices")),
+        counting=lambda: run_figures.paid_and_wanted(by_condition("counting")),
+    )
+    for experiment in filter(logs_of, DRAWN):
+        if figure := of.get(experiment, lambda name=experiment: plane(name))():
             with matplotlib.rc_context({"svg.hashsalt": experiment, "svg.fonttype": "none"}):
                 figure.savefig(folder / f"{experiment}.svg", format="svg", metadata={"Date": None})
 

@@ -1,9 +1,10 @@
 """Make docs/inspector.html, a page to touch without installation: `python tools/inspector_page.py` (a quarter of an hour on two cores).
 
-Two runs with the same seed and prompts: the profile's, and that of notebook 07 without a price on KL, continued. Both are recorded on four
+Two runs with the same seed and prompts: the profile's, and one that is paid for warm words, without a price on KL. Both are recorded on four
 held-out prompts and stand side by side; the page needs nothing but itself. `--layout` takes the runs that are there. `--picture` takes docs/inspector.png from the page that is there, by headless Chromium."""
 
 import argparse
+import html
 import json
 import math
 import re
@@ -61,8 +62,9 @@ def recorded(reward, settings, steps, every):
 
 def read(file):
     """The frames of the runs that a page holds, by their titles."""
-    data = re.findall(r'<script type="application/json">(.*?)</script>', file.read_text(encoding="utf-8"), re.DOTALL)
-    return {title: json.loads(found)["frames"] for title, found in zip(RUNS, data, strict=True)}
+    held = r'<h2>(.*?)</h2>.*?<script type="application/json">(.*?)</script>'
+    found = re.findall(held, file.read_text(encoding="utf-8"), re.DOTALL)
+    return {html.unescape(title): json.loads(data)["frames"] for title, data in found}
 
 
 def picture(page, file, words=(" source", " laughter")):
@@ -97,6 +99,7 @@ def main():
         if title not in runs:
             runs[title] = recorded(*how)
             print(title, "recorded", flush=True)
+    runs = {title: runs[title] for title in RUNS}
     about = "".join(f"<p><b>{title}.</b> {words}</p>\n" for title, (words, *_) in RUNS.items())
     text = f"{TOP}{about}{inspector.side_by_side(runs)}\n</body></html>\n"
     file.write_text(text, encoding="utf-8")

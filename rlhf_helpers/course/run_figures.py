@@ -42,7 +42,8 @@ def paid_and_wanted(groups, width=4):
     """Two panels, what is paid (the score) and what is wanted (the gold), over the steps, means of `width`: {name: logs}, a line a run."""
     figure, axes = new_figure(1, 2, size=(8, 2.9))
     for axis, key, title in zip(axes[0], ("score", "gold"), ("score: what is paid", "gold: what is wanted")):
-        for (name, logs), colour, style in zip(groups.items(), (BLUE, RED), ("--", "-")):
+        for place, (name, logs) in enumerate(groups.items()):
+            colour, style = ((BLUE, "--"), (RED, "-"), (ORANGE, ":"))[place % 3]
             for number, log in enumerate(logs):
                 line = running_mean(log.course_of(key), width)
                 label = None if number else name.replace("_", " ")
