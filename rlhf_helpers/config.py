@@ -121,8 +121,8 @@ class PPOConfig:
 
 
 def steps_of_this_run(full, fast):
-    """What a notebook takes of steps, prompts, pairs or tokens: `full`, or `fast` where RLHF_FAST=1 is set, as it is when notebooks
-    run as tests. It is the only thing that the short setting changes."""
+    """What a notebook takes of steps, prompts, pairs, answers or tokens: `full`, or `fast` where RLHF_FAST=1 is set, as it is when
+    notebooks run as tests. It is the only thing that the short setting changes."""
     return fast if os.environ.get("RLHF_FAST") == "1" else full
 
 
@@ -152,8 +152,8 @@ CPU = Profile(
     name="cpu",
     model="smollm2-135m-instruct",
     ppo=dict(
-        batch_size=16,  # enough responses for a steady advantage, few enough for 9 seconds a step on two slow cores
-        mini_batch_size=8,  # half of it at a time, which keeps the run under 3 GB
+        batch_size=steps_of_this_run(16, 8),  # enough for a steady advantage, few enough for 9 seconds a step on two slow cores
+        mini_batch_size=steps_of_this_run(8, 4),  # half of it at a time, which keeps the run under 3 GB
         gradient_accumulation_steps=2,  # both halves make one optimizer step
         ppo_epochs=1,  # a second pass sees the same 16 scores: in the same minutes, fresh ones bring as much or more
         learning_rate=2e-3,  # LoRA wants some hundred times the rate of full fine-tuning
@@ -173,7 +173,7 @@ GPU = replace(
     name="gpu",
     model="mistralai/Mistral-7B-Instruct-v0.1",
     gradient_checkpointing=True,  # a 16 GB card
-    ppo={**CPU.ppo, "mini_batch_size": 4, "gradient_accumulation_steps": 4, "learning_rate": 2e-4},
+    ppo={**CPU.ppo, "mini_batch_size": 4, "gradient_accumulation_steps": steps_of_this_run(4, 2), "learning_rate": 2e-4},
 )
 
 PROFILES = {"cpu": CPU, "gpu": GPU}

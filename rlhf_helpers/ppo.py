@@ -128,7 +128,7 @@ def policy_losses(logprobs, old_logprobs, advantages, cliprange):
 
 def value_losses(values, old_values, returns, cliprange_value):
     """Half the squared error of the value, the worse of the value itself and the value kept within `cliprange_value` of the
-    old one: (losses, clipped), both (B, T). Huang et al. 2024, detail 13 of the PPO part."""
+    old one: (losses, clipped), both (B, T). As in TRL 0.11.4 and in Huang et al. 2022, *The 37 Implementation Details of PPO*."""
     near = torch.clamp(values, old_values - cliprange_value, old_values + cliprange_value)
     unclipped, clipped = (values - returns) ** 2, (near - returns) ** 2
     return 0.5 * torch.max(unclipped, clipped), clipped > unclipped

@@ -44,7 +44,7 @@ TOP = """<!doctype html>
 <style>body{font:16px/1.55 system-ui,sans-serif;max-width:1240px;margin:24px auto;padding:0 16px;color:#111;background:#fff}
 @media (prefers-color-scheme:dark){body{color:#eee;background:#121212}}h1{font-size:1.6em}h2{font-size:1.1em;margin:.6em 0 .4em}p{max-width:80ch}</style></head><body>
 <h1>Look inside two runs of PPO</h1>
-<p>A language model of 135 million weights, in 4 bits, learns by PPO, twice: from a reward model that likes short, whole, warm answers, and from a mere count of warm words, which are soon all it says. Every few steps it was asked the same four
+<p>A language model of 135 million weights, in 4 bits, learns by PPO, twice: from a reward model that likes whole, warm answers, and from a mere count of warm words, which are soon all it says. Every few steps it was asked the same four
 prompts with the same random numbers. Choose a number to see as colour, point at a token (or click into the text and use the arrow keys), and move the slider from
 <em>before training</em> to the end: the other run goes along, to the nearest step that was recorded, and both have one scale of colours. An answer is one draw, so its score jumps from step to step. The course explains each number: <em>RLHF with PPO, in notebooks</em>.</p>
 """

@@ -1,7 +1,7 @@
 """The synthetic annotator: the rule behind the preference data, and therefore the gold reward of this course.
 
 A real annotator's taste can only be sampled. Ours is written down, so a run can be judged by what the annotator really
-wants (gold) as well as by what the reward model learnt of it (proxy). In words: *a short, whole, warm answer that stays on
+wants (gold) as well as by what the reward model learnt of it (proxy). In words: *a whole, warm answer that stays on
 its subject.* Gates, 0 or 1, and merits are multiplied, so that nothing makes up for a closed gate:
 
     gold = on_subject x english x fresh x whole x (1.5 + warmth)

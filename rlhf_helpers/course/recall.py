@@ -85,7 +85,7 @@ QUESTIONS = {
             ("nothing", "Only differences count, so the zero of a reward model is arbitrary.", PAIRS),
         ),
         question(
-            "You hand the policy's token ids, none beyond its vocabulary, to the reward model instead of text. What do you see?", "B",
+            "You hand the policy's token ids, all below 30,522, to the reward model instead of text. What do you see?", "B",
             ("an error", "Only if an id lies beyond the smaller vocabulary. Most do not.", FED),
             ("a score, as if all were well", "It has read other words, with the same numbers.", FED),
             ("a score of 0, for it knows no such words", "Every id below 30,522 is some word of its own vocabulary, and gets a score like any other.", FED),
