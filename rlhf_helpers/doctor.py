@@ -212,7 +212,7 @@ def breaks_off_again(run):
 def leaves_subject(run):
     if run.texts:
         start, now = run.share(run.names_subject)
-        if start >= 0.3 and now < 0.6 * start:  # h: healthy runs keep 0.9 of it, those that were paid for warm words 0.0
+        if start >= 0.3 and now < 0.6 * start:  # h: learnt runs keep 0.9 of it, placebos 0.75, hacked ones 0.1
             scores = f"the score went from {run.first('ppo/mean_scores'):+.2f} to {run.now('ppo/mean_scores'):+.2f}"
             return f"{now:.0%} of the responses name what their prompt is about, at first {start:.0%}; {scores}"
 

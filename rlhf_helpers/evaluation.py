@@ -1,4 +1,4 @@
-"""Held-out evaluation: the same prompts and the same random numbers before and after training, and what changed."""
+"""Held-out evaluation: the same prompts before and after training, each time from the same seed, and what changed."""
 
 import math
 from dataclasses import dataclass

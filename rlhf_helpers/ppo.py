@@ -135,7 +135,8 @@ def value_losses(values, old_values, returns, cliprange_value):
 
 
 def next_kl_coef(kl_coef, kl, target, horizon, n_samples):
-    """The adaptive KL coefficient after `n_samples` more responses. Ziegler et al. 2019, section 2.2:
+    """The adaptive KL coefficient after `n_samples` more responses. Ziegler et al. 2019, section 2.2, with
+    n_samples / horizon for their constant, as in TRL 0.11.4:
     kl_coef * (1 + clip(kl / target - 1, -0.2, 0.2) * n_samples / horizon)."""
     error = min(max(kl / target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * n_samples / horizon)

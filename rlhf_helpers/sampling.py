@@ -2,8 +2,8 @@
 (logits / temperature) over the whole vocabulary. `model.generate` would add what the checkpoint's generation_config says
 (top_k is 50 unless told otherwise), and the log-probs of such samples belong to another distribution.
 
-`sample` gives the log-probs it drew with, so that nobody has to believe this: the trainer compares them with its own. On a CPU
-they are equal to the last bit (see `fast.py`, which changes how soon a token comes, never which)."""
+`sample` gives the log-probs it drew with, so that nobody has to believe this: the trainer compares them with its own. With
+the CPU profile they are equal to the last bit (see `fast.py`, which changes how soon a token comes, never which)."""
 
 import contextlib
 import functools

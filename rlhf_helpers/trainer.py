@@ -80,7 +80,7 @@ class PPOTrainer:
     # ------------------------------------------------------------ train
 
     def train(self, prompts, reward_fn, steps=None, on_step=None):
-        """`steps` more PPO steps (by default one pass over the prompts), fewer if the KL budget is spent. `reward_fn(prompts,
+        """`steps` more PPO steps (by default what one pass takes with a response a prompt), fewer if the KL budget is spent. `reward_fn(prompts,
         responses)` takes two lists of str and returns a number for each; `on_step(trainer, stats)` is called after every
         step. Returns the history. Ctrl-C, or a notebook's stop button, is heard after a whole step (`interrupts.Interrupted`);
         the next call goes on from there."""

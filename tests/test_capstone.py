@@ -116,7 +116,7 @@ def test_what_is_not_labelled_is_filled_and_the_page_says_so(capsys):
 def test_whoever_always_takes_the_longer_answer_agrees_with_length_alone(capsys):
     longer = "".join("a" if len(pair.a.split()) > len(pair.b.split()) else "b" for pair in PAIRS)
     rows = capstone.agreement(PAIRS, capstone.filled(PAIRS, {n + 1: longer[10 * n : 10 * n + 10] for n in range(5)}))
-    assert [row["same"] == "100%" for row in rows] == [False, True, False, False]
+    assert [row["same"] == "100%" for row in rows] == [False, True, False, False, False, False]
     said(capsys)
     capstone.tell_taste("C", rows)
     assert said(capsys).startswith("you said C, it is A")
@@ -126,6 +126,13 @@ def test_only_one_s_own_labels_are_compared_where_there_are_some():
     own = capstone.Labels(capstone.stand_in(PAIRS).letters, (True,) * 4 + (False,) * 46)
     assert capstone.agreement(PAIRS, own)[0]["pairs that differ"] == 4
     assert [row["pairs that differ"] for row in capstone.agreement(PAIRS, capstone.stand_in(PAIRS))][:2] == [0, 49]
+
+
+def test_the_subject_hides_how_often_the_labels_go_along_with_warm_words():
+    """Of two answers of which one names its subject the annotator takes that one, however warm the other is."""
+    *_, warm, subject, alike = capstone.agreement(PAIRS, capstone.stand_in(PAIRS))
+    assert (subject["same"], warm["same"], alike["same"]) == ("100%", "62%", "80%")
+    assert alike["pairs that differ"] < warm["pairs that differ"]
 
 
 # ---------------------------------------------------------------- runs without their names

@@ -163,6 +163,9 @@ WRONG = {
     "check_steps_until_spent": [
         ("lambda kls, budget: next((n for n, kl in enumerate(kls, 1) if kl > budget), len(kls))", "one step is noisy"),
         ("lambda kls, budget: next((n for n in range(len(kls)) if mean(kls[max(0, n - 3) : n + 1]) > budget), len(kls))", "one too few"),
+        ("lambda kls, budget: next((n + 1 for n in range(len(kls)) if mean(kls[max(0, n - 2) : n + 1]) > budget), len(kls))", "the last four"),
+        ("lambda kls, budget: next((n + 1 for n in range(len(kls)) if mean(kls[max(0, n - 4) : n + 1]) > budget), len(kls))", "the last four"),
+        ("lambda kls, budget: next((n + 1 for n in range(len(kls)) if mean(kls[max(0, n - 3) : n + 1]) >= budget), len(kls))", "at the budget"),
     ],
     "check_cautious": [
         ("lambda first, second: (first + second) / 2", "outvote"),
@@ -185,9 +188,9 @@ WRONG = {
     "check_one_setting": [
         ("CPU.ppo_config(init_kl_coef=0.0, kl_budget=None, gradient_accumulation_steps=1, learning_rate=1e-4)", "only later"),
         ("CPU.ppo_config(init_kl_coef=0.1, kl_budget=9.0, gradient_accumulation_steps=1)", "change one"),
-        ("CPU.ppo_config(init_kl_coef=0.001, kl_budget=None, gradient_accumulation_steps=1)", "50 nats would still be bought"),
+        ("CPU.ppo_config(init_kl_coef=0.02, kl_budget=None, gradient_accumulation_steps=1)", "KL is still cheap"),
         ("CPU.ppo_config(init_kl_coef=2.0, kl_budget=None, gradient_accumulation_steps=1)", "hardly move"),
-        ("CPU.ppo_config(init_kl_coef=0.0, kl_budget=100.0, gradient_accumulation_steps=1)", "far beyond"),
+        ("CPU.ppo_config(init_kl_coef=0.0, kl_budget=20.0, gradient_accumulation_steps=1)", "far beyond"),
         ("CPU.ppo_config(init_kl_coef=0.0, kl_budget=None, gradient_accumulation_steps=1)", "that is the misled run's config"),
     ],
 }  # fmt: skip

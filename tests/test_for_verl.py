@@ -121,3 +121,11 @@ def test_a_folder_without_adapters_is_refused_and_nothing_is_written(tmp_path):
     with pytest.raises(InputError, match="no adapter_config.json"):
         for_verl.hand_over(tmp_path / "out", profile_named("gpu"), tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+def test_adapters_of_another_model_than_the_profile_s_are_refused(tmp_path):
+    (tmp_path / "adapter_model.safetensors").touch()
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "models/smollm2-135m-instruct"}')
+    with pytest.raises(InputError, match="adapters of models/smollm2-135m-instruct; expected those of profile gpu"):
+        for_verl.hand_over(tmp_path / "out", profile_named("gpu"), tmp_path)
+    assert not (tmp_path / "out").exists()

@@ -38,7 +38,7 @@ def row_of(log):
             share("on_subject"), f"{np.mean([part['warmth'] for part in parts]):.2f}", f"{log.distinct2:.2f}"]  # fmt: skip
 
 
-COLUMNS = ["reward gained", "gold gained", "KL", "whole", "on subject", "warm words", "distinct pairs"]
+COLUMNS = ["reward gained", "gold gained", "KL", "whole", "on subject", "warm words", "distinct pairs within"]
 
 
 def base_row(split):

@@ -107,12 +107,16 @@ def command(keys):
 
 
 def hand_over(folder, profile, checkpoint=None, cards=1):
-    """Write everything into `folder`. Raises InputError, having written nothing, if the checkpoint has no adapters."""
+    """Write everything into `folder`. Raises InputError, having written nothing, if the checkpoint has no adapters, or another model's."""
     from rlhf_helpers.models import resolve
 
     for name in ADAPTER if checkpoint else ():
         if not (Path(checkpoint) / name).is_file():
             raise InputError(f"{checkpoint}: no {name}; expected a folder made by PPOTrainer.save, or by PEFT")
+    if checkpoint:
+        base = json.loads((Path(checkpoint) / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        if base and Path(base).name != Path(profile.model).name:
+            raise InputError(f"{checkpoint}: adapters of {base}; expected those of profile {profile.name}, {profile.model}")
     folder, root = Path(folder).resolve(), project_root()
     heldout = load_prompts(root / profile.heldout_prompts)
     prompts = [prompt for prompt in load_prompts(root / profile.prompts) if prompt not in set(heldout)]

@@ -11,7 +11,7 @@ import numpy as np
 from rlhf_helpers.config import CPU, DATA_FILE, project_root
 from rlhf_helpers.course import compare, guesses, plots
 from rlhf_helpers.course.capstone_exercises import BLOCK, KEY, letters_of, right_diagnoses
-from rlhf_helpers.course.gold import gold_parts, gold_reward, is_whole, warm_words
+from rlhf_helpers.course.gold import gold_parts, gold_reward, is_whole, names_subject, warm_words
 from rlhf_helpers.course.runs import Log, logs_of, read_log
 from rlhf_helpers.data import load_preferences
 from rlhf_helpers.evaluation import chosen_of, paired_gain
@@ -145,6 +145,9 @@ def agreement(pairs, labels):
     rows = {"the annotator's choice": [labels.letters[i] == pairs[i].annotator for i in own]}
     for name, of in YARDSTICKS.items():
         rows[name] = same_as(of, pairs, labels, use)
+    rows["the answer that names its subject"] = same_as(names_subject, pairs, labels, use)
+    alike = [i for i in use if names_subject(pairs[i].prompt, pairs[i].a) == names_subject(pairs[i].prompt, pairs[i].b)]
+    rows["more warm words, of two alike in that"] = same_as(YARDSTICKS["the answer with more warm words"], pairs, labels, alike)
     return [row(name, hits) for name, hits in rows.items()]
 
 
@@ -159,7 +162,7 @@ def same_as(of, pairs, labels, use):
 
 
 TASTE = {
-    "A": "length shows at once, and says least: four of ten answers here are long because they never end.",
+    "A": "length shows at once, and says least: one answer in four here is long because it never ends.",
     "B": "an answer that breaks off is easy to see, and hard to like.",
     "C": "warm words please; whether they please you, or only stand in answers that do, these pairs cannot tell.",
 }

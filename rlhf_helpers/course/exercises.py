@@ -1,6 +1,7 @@
 """The exercise checks: a tick, or a cross with the likely mistake in words. None of them raises, so Run All goes through."""
 
 import math
+import operator
 
 from rlhf_helpers.config import CPU
 from rlhf_helpers.course.capstone_exercises import *  # noqa: F403 (notebook 09)
@@ -343,11 +344,11 @@ def check_best_policy(answer):
 def check_steps_until_spent(answer):
     """A function (KL of each step, budget) -> how many steps a run makes before its budget ends it."""
 
-    def until(window=4, count=1, late=False):
+    def until(window=4, count=1, late=False, above=operator.gt):
         def steps(kls, budget):
             for n in range(window if late else 1, len(kls) + 1):
                 last = kls[max(0, n - window) : n]
-                if sum(last) / len(last) > budget:
+                if above(sum(last) / len(last), budget):
                     return n - 1 + count
             return len(kls)
 
@@ -357,10 +358,13 @@ def check_steps_until_spent(answer):
         (until(window=1), "one step is noisy; take the mean of the last four"),
         (until(window=10**6), "that is the mean of all steps so far; only the last four count"),
         (until(count=0), "one too few: the step that passes the budget has been made"),
+        *((until(window), "the mean is that of the last four steps") for window in (2, 3, 5)),
+        (until(above=operator.ge), "at the budget it goes on; it ends once the mean is above"),
         (until(late=True), "while there are fewer than four steps, the mean is over those"),
         (lambda kls, budget: sum(kl <= budget for kl in kls), "a KL may fall again, but the run has ended; find the first step, by the mean of four"),
     ]
     runs = [[1.0, 2.0, 9.0, 3.0, 4.0, 12.0, 14.0, 15.0, 2.0], [0.1, 0.2, 0.3], [20.0, 1.0, 1.0, 1.0, 1.0]]
+    runs += [[1.0, 1.0, 1.0, 12.0, 14.0, 9.0, 1.0], [8.0, 8.0, 9.0]]  # where other windows end elsewhere; at the budget
     cases = [((kls, 8.0), until()(kls, 8.0)) for kls in runs]
     function(answer, cases, hints, praise="the same rule as PPOTrainer.train's")
 

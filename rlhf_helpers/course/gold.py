@@ -189,5 +189,6 @@ def prefers_first(prompt, first, second, rng=random):
 
 
 def distinct2(texts):
-    """Different word pairs over all word pairs, within each text and averaged (Li et al. 2016, arXiv:1510.03055)."""
+    """Different word pairs over all word pairs of a text, averaged over texts (1 for one without pairs). Li et al. 2016
+    (arXiv:1510.03055) pool all texts instead; this does not see how alike they are."""
     return sum(1 - repeated_share(text) for text in texts) / len(texts)

@@ -179,7 +179,7 @@ QUESTIONS = {
     ),
     "08": (
         question(
-            "What may a baseline depend on, if the mean gradient is to stay as it was?", "B",
+            "What may the baseline of a whole answer depend on, if the mean gradient is to stay as it was?", "B",
             ("on nothing: it must be a constant", "Any number will do that does not look at the answer, such as the mean of the other answers or a guess from the prompt.", BASELINE),
             ("on anything but the answer that it is taken from", "Then what it adds is a constant times the gradient of 1.", BASELINE),
             ("on the answer, if it guesses its score well", "Subtract an answer's own score, and nothing is left to learn from.", BASELINE),
