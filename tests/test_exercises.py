@@ -41,6 +41,7 @@ WRONG = {
         ("lambda rewards: rewards.mean(1).var() / rewards.var()", "still scatters"),
         ("lambda rewards: rewards.mean(1).var() / (rewards.mean(1).var() + rewards.var(1).mean())", "take that off"),
         ("lambda rewards: rewards.var(1).mean() / rewards.var()", "share within"),
+        ("lambda r: 1 / (1 + r.var(1, unbiased=False).mean() / (r.mean(1).var(unbiased=False) - r.var(1, unbiased=False).mean() / r.shape[1]))", "over n - 1"),
         ("lambda rewards: rewards.mean(1).var() - rewards.var(1).mean() / rewards.shape[1]", "divide it by between + within"),
     ],
     "check_group_normalised": [
@@ -87,7 +88,7 @@ WRONG = {
     ],
     "check_pad_left": [
         ("lambda rows, pad: padded(rows, pad, 'right')", "on the right"),
-        ("lambda rows, pad: (padded(rows, pad)[0], torch.ones(3, 3))", "1 on pads, too"),
+        ("lambda rows, pad: (padded(rows, pad)[0], torch.ones(3, 4, dtype=torch.long))", "1 on pads, too"),
         ("lambda rows, pad: (padded(rows, pad)[0], (padded(rows, pad)[0] != pad).long())", "make the mask from lengths"),
         ("lambda rows, pad: padded(rows, 0)", "fill with the pad that was given"),
         ("lambda rows, pad: padded(rows, pad)[0]", "return the mask, too"),
@@ -195,6 +196,43 @@ WRONG = {
     ],
 }  # fmt: skip
 
+# What got a tick once, and must not: right for the example on the page, or for the check's own, and wrong beyond.
+WRONG_BEYOND = [
+    ("check_own_advantages", "lambda r, config, total: ((r.scores - r.scores.mean())[:, None] * r.mask, r.values)", "leave the price on KL out"),
+    ("check_own_advantages", "lambda r, config, total: (r.rewards.copy_((r.rewards.sum(1) - r.rewards.sum(1).mean())[:, None] * r.mask), r.values)", "changed rollout.rewards"),
+    ("check_net_score", "lambda history: [0.3] * len(history)", "expected"),
+    ("check_net_score", "lambda h: [h[0]['ppo/mean_scores'] - h[0]['objective/kl_coef'] * h[0]['objective/kl'] for row in h]", "expected"),
+    ("check_gets_gradient", "lambda a, r, c: (r - 1) * a < c", "sign of A alone"),
+    ("check_gets_gradient", "lambda a, r, c: torch.where(a > 0, r < 1.2, r > 0.8)", "expected"),
+    ("check_gets_gradient", "lambda a, r, c: torch.where(a > 0, r < 1 + c, r > 1 - c).long()", "boolean"),
+    ("check_gae", "lambda r, v, g, l: [sum((g * l) ** (u - t) * (r[u] + g * [*v[1:], 0.0][u] - v[u]) for u in range(t, 4)) for t in range(4)]", "expected"),
+    ("check_pad_left", "lambda rows, pad: tuple(x.float() for x in padded(rows, pad))", "LongTensors"),
+    ("check_pad_left", "lambda rows, pad: tuple(x.tolist() for x in padded(rows, pad))", "lists"),
+    ("check_pad_left", "lambda rows, pad: padded(rows, pad) if len(rows[0]) == max(map(len, rows)) else 1 / 0", "ZeroDivisionError"),
+    ("check_place_score", "lambda penalties, score: [p + score if p == penalties[-1] else p for p in penalties]", "expected"),
+    ("check_full_stop_reward", "lambda prompts, texts: [float(t.rstrip('\\n').endswith('.')) for t in texts]", "white space"),
+    ("check_full_stop_reward", "lambda prompts, texts: [float(t.strip().endswith(('.', '!', '?'))) for t in texts]", "a full stop alone"),
+    ("check_advantages", "lambda r, c, total=None: (whitened(r, c) * math.sqrt(9 / 8), raw_and_returns(r, c)[1])", "n - 1"),
+    ("check_good_log_odds", "lambda z: torch.stack([z[i, 2] - z[i, :2].logsumexp(0) for i in range(z.shape[1])])", "expected"),
+    ("check_word_reward", "lambda p, texts: [-0.5 if len(t.split()) > 20 else 0.0 for t in texts]", "expected"),
+    ("check_lora", "lambda x, W, A, B, alpha: W @ x + alpha // len(A) * (B @ (A @ x))", "expected"),
+    ("check_cautious", "lambda a, b: torch.where(a.abs() < b.abs(), a, b)", "with its sign"),
+    ("check_leaked", "lambda t, h: sum(x['prompt'] in [y['prompt'] for y in t] for x in h) // len(h)", "divide with /"),
+    ("check_kl_per_response", "lambda a, b, m: torch.where(m, torch.exp(b - a) - 1 + a - b, 0.0).sum(1)", "that is k3"),
+    ("check_positions", "lambda mask: (mask.cumsum(1) - 1).clamp(min=0).float()", "whole numbers"),
+    ("check_steps_until_spent", "lambda kls, budget: next((n for n in range(1, len(kls) + 1) if mean(kls[max(0, n - 4) : n]) > budget), None)", "expected 3"),
+]  # fmt: skip
+RIGHT_TOO = [
+    (
+        "check_group_normalised",
+        "lambda g: (g.double() - g.double().mean(1, keepdim=True)) / (g.double().std(1, keepdim=True) + 1e-4)",
+    ),
+    ("check_gets_gradient", "lambda a, r, c: ~(((a > 0) & (r >= 1 + c)) | ((a < 0) & (r <= 1 - c)))"),
+    ("check_what_follows", "'(c)'"),
+    ("check_pad_left", "lambda rows, pad: list(padded(rows, pad))"),
+    ("check_positions", "lambda mask: torch.where(mask == 1, mask.cumsum(1) - 1, 7)"),
+]
+
 CHECKS = {name: check for name, check in inspect.getmembers(exercises, inspect.isfunction) if name.startswith("check_")}
 
 
@@ -290,6 +328,17 @@ def test_every_folded_solution_gets_the_tick(check, capsys):
 def test_a_common_wrong_answer_gets_a_cross_and_the_words_that_help(check, answer, words, capsys):
     mark, said = verdict(capsys, check, run(f"answer = {answer}")["answer"])
     assert mark == "✗" and words in said
+
+
+@pytest.mark.parametrize("check, answer, words", WRONG_BEYOND)
+def test_what_is_right_by_luck_alone_gets_a_cross(check, answer, words, capsys):
+    mark, said = verdict(capsys, check, run(f"answer = {answer}")["answer"])
+    assert mark == "✗" and words in said
+
+
+@pytest.mark.parametrize("check, answer", RIGHT_TOO)
+def test_what_is_right_and_written_otherwise_gets_the_tick(check, answer, capsys):
+    assert verdict(capsys, check, run(f"answer = {answer}")["answer"])[0] == "✓"
 
 
 class Hostile:

@@ -335,7 +335,7 @@ def scorecard(pairs, labels, accuracy, course_accuracy, guessed, happened, diagn
         (30 * sum(labels.own) / PAIRS * beyond(np.mean(hits) if hits else 0.5), 30, "labels",
          f"{len(own)} of yours, the rule agrees with {sum(hits)}" if own else "none of yours"),
         (30 * min(1.0, beyond(accuracy) / beyond(course_accuracy)), 30, "reward model", f"yours {accuracy:.0%}, the course's {course_accuracy:.0%}"),
-        (10 * (str(said).strip().upper() == happened), 10, "gold of your run", f"you said {said}, it was {happened}"),
+        (10 * (guesses.as_letter(guessed, GOLD_LESSONS) == happened), 10, "gold of your run", f"you said {said}, it was {happened}"),
         (10 * right_diagnoses(diagnosis), 30, "diagnoses", f"{right_diagnoses(diagnosis)} of 3 right"),
     ]  # fmt: skip
     table = [dict(what=what, points=f"{points:.0f} of {most}", because=why) for points, most, what, why in rows]

@@ -105,6 +105,7 @@ def check_place_score(answer):
         (([0.0, -0.1, -0.2, 0.05], 1.5), [0.0, -0.1, -0.2, 1.55]),
         (([-0.3, -0.1], -2.0), [-0.3, -2.1]),
         (([0.0], 0.7), [0.7]),
+        (([0.0, 0.0, 0.0], 1.0), [0.0, 0.0, 1.0]),  # as in a run's first step
     ]
     hints = [
         (lambda penalties, score: [penalties[0] + score, *penalties[1:]], "on the first token: that is the bug. Later tokens then earn nothing from it"),

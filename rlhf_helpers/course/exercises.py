@@ -81,7 +81,7 @@ def check_good_log_odds(answer):
     """A function logits (B, 3) of bad, fair, good -> log-odds of good against the other two (B,)."""
     import torch
 
-    logits = torch.tensor([[0.0, 0.0, 0.0], [1.0, -1.0, 3.0], [0.5, 2.0, -1.0]])
+    logits = torch.tensor([[0.0, 0.0, 0.0], [1.0, -1.0, 3.0], [0.5, 2.0, -1.0], [2.0, 0.5, 1.0]])
     right = lambda z: z[:, 2] - z[:, :2].logsumexp(1)
     hints = [
         (lambda z: -right(z), "the sign: good goes up, the other two go down"),
@@ -98,14 +98,15 @@ def check_good_log_odds(answer):
 def check_full_stop_reward(answer):
     """A reward function: 1.0 for a response that ends with a full stop, 0.0 for another."""
     prompts = ["What is tea?", "Tell me about rain.", "Why?"]
-    responses = ["A drink.", "Rain is water that", "Because it is so.\n"]
+    responses = ["A drink.", "Rain is water that", "Because it is so. \n"]
     hints = [
         (lambda p, r: [float(t.endswith(".")) for t in p], "you looked at the prompts"),
         (lambda p, r: [float(t.endswith(".")) for t in r], "a response may end in white space: strip it first"),
         (lambda p, r: [float("." in t) for t in r], "a full stop anywhere is not enough: it must be the last character"),
+        (lambda p, r: [float(t.strip().endswith((".", "!", "?"))) for t in r], "a full stop alone counts, not another mark"),
         (lambda p, r: sum(float(t.strip().endswith(".")) for t in r), "one number for the whole batch; return one for each response"),
     ]  # fmt: skip
-    cases = [((prompts, responses), [1.0, 0.0, 1.0]), ((["a", "b"], ["b.c", ""]), [0.0, 0.0])]
+    cases = [((prompts, responses), [1.0, 0.0, 1.0]), ((["a", "b", "c"], ["b.c", "", "so!"]), [0.0, 0.0, 0.0])]
     function(answer, cases, hints, praise="PPOTrainer would take it as it is")
 
 
@@ -118,8 +119,9 @@ def check_positions(answer):
 
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     right = torch.tensor([[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]])
-    agree = lambda a, b: getattr(a, "shape", None) == getattr(b, "shape", None) and same(a[mask == 1], b[mask == 1])
+    agree = lambda a, b: getattr(a, "shape", None) == getattr(b, "shape", None) and a.is_floating_point() == b.is_floating_point() and same(a[mask == 1], b[mask == 1])
     hints = [
+        (lambda m: (m.cumsum(1) - 1).float(), "positions are whole numbers: leave them a LongTensor"),
         (lambda m: torch.arange(m.shape[1]).expand_as(m), "every row counts from its left edge: pads are counted too"),
         (lambda m: m.cumsum(1), "one too many: the first real token should be at position 0"),
         (lambda m: m.cumsum(0) - 1, "summed down the batch; sum along the row, dimension 1"),
@@ -139,9 +141,10 @@ def check_leaked(answer):
         (leaks, "that is a number of records; divide by how many there are"),
         (lambda t, h: both(t, h) / len(set(prompts(h))), "you counted different prompts; count records"),
         (lambda t, h: both(t, h) / len(h), "you counted different prompts; a prompt may have several held-out records"),
+        (lambda t, h: leaks(t, h) // len(h), "a share lies between 0 and 1: divide with /, not with //"),
         (lambda t, h: sum(r in t for r in h) / len(h), "whole records are hardly ever equal: compare their prompts"),
     ]
-    cases = [((train, heldout), 0.75), ((train, records("bdd", "other")), 1 / 3)]
+    cases = [((train, heldout), 0.75), ((train, records("bdd", "other")), 1 / 3), ((train, records("ab", "third")), 1.0)]
     function(answer, cases, hints, praise="a leak is counted by prompt")
 
 
@@ -160,6 +163,7 @@ def check_kl_per_response(answer):
     hints = [
         (lambda a, b, m: (a - b).sum(1), "the pads are in it: use the mask"),
         (lambda a, b, m: ((a - b) * m).sum(1), "NaN times 0 is NaN: choose with torch.where(mask, ..., 0.0) instead of multiplying"),
+        (lambda a, b, m: torch.where(m, torch.exp(b - a) - 1 + (a - b), 0.0).sum(1), "that is k3; here by k1, the difference of the log-probs"),
         (lambda a, b, m: kept(b, a, m).sum(1), "the sign: logprobs - ref_logprobs"),
         (lambda a, b, m: kept(a, b, m).sum(1) / m.sum(1), "that is the mean over tokens; a response's log-probability is the sum"),
         (lambda a, b, m: kept(a, b, m).mean(1), "that is a mean, and over pads too; a response's log-probability is the sum"),
@@ -193,6 +197,8 @@ def check_gae(answer):
         (lambda r, v, g, l: [a + b for a, b in zip(gae(r, v, g, l), v)], "those are the returns: advantage + value"),
     ]  # fmt: skip
     cases = [((rewards, values, gamma, lam), gae(rewards, values, gamma, lam)) for gamma, lam in ((0.9, 0.8), (1.0, 0.95), (1.0, 0.0))]
+    longer = (rewards[:3] * 2, values[:3] * 2, 0.9, 0.8)  # of another length
+    cases.append((longer, gae(*longer)))
     function(answer, cases, hints, praise="the same advantages as ppo.gae")
 
 
@@ -200,17 +206,21 @@ def check_gets_gradient(answer):
     """A function (advantages, ratios, cliprange) -> which tokens the clipped loss still moves, boolean."""
     import torch
 
-    advantages = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, -1.0])
+    advantages = torch.tensor([1.0, 1.0, 0.4, -0.4, -1.0, -1.0])
     ratios = torch.tensor([0.7, 1.0, 1.3, 0.7, 1.0, 1.3])
     inside = lambda a, r, c: (r > 1 - c) & (r < 1 + c)
     hints = [
         (inside, "clipping works in one direction: a good token below 1 - cliprange and a bad one above 1 + cliprange still move"),
         (lambda a, r, c: torch.where(a > 0, r > 1 - c, r < 1 + c), "the sides are swapped: a good token (A > 0) is stopped above 1 + cliprange"),
         (lambda a, r, c: ~torch.where(a > 0, r < 1 + c, r > 1 - c), "those are the tokens that are stopped"),
+        (lambda a, r, c: torch.where(a > 0, r < 1 + c, r > 1 - c).float(), "those are numbers; a boolean tensor is wanted"),
+        (lambda a, r, c: (r - 1) * a < c, "whether a token is stopped depends on its ratio and the sign of A alone"),
         (lambda a, r, c: r < 1 + c, "right for good tokens; a bad one (A < 0) is stopped below 1 - cliprange"),
     ]
     cases = [((advantages, ratios, 0.2), torch.tensor([True, True, False, False, True, True]))]
-    function(answer, cases, hints, praise="a brake in one direction on each side")
+    cases.append(((advantages, ratios, 0.4), torch.ones(6, dtype=torch.bool)))
+    agree = lambda a, b: (a.dtype == torch.bool) == (b.dtype == torch.bool) and same(a, b)
+    function(answer, cases, hints, agree, praise="a brake in one direction on each side")
 
 
 # ---------------------------------------------------------------- 05 the training loop
@@ -236,7 +246,7 @@ def check_eight_updates(answer):
 
 def check_net_score(answer):
     """A function history -> for each PPO step the mean score minus what the KL took from a response, a list."""
-    numbers = ((0.5, 4.0, 0.05, 40.0), (1.2, 9.0, 0.10, 50.0))
+    numbers = ((0.5, 4.0, 0.05, 40.0), (1.4, 9.0, 0.10, 50.0), (0.9, 6.0, 0.07, 45.0))
     names = ("ppo/mean_scores", "objective/kl", "objective/kl_coef", "tokens/responses_len_mean")
     history = [dict(zip(names, row)) for row in numbers]
     each = lambda f: lambda history: [f(*(row[name] for name in names)) for row in history]
@@ -253,7 +263,7 @@ def check_net_score(answer):
 
 def check_word_reward(answer):
     """A reward function (prompts, responses) -> minus a tenth of a point for every word beyond the twentieth, a list."""
-    texts = ["one two three", "word " * 20, "word " * 25, "extraordinarily-long-words indeed"]
+    texts = ["one two three", "word " * 20, "word " * 25, "word " * 22, "extraordinarily-long-words indeed"]
     prompts = ["a prompt of three words"] * len(texts)
     right = lambda prompts, texts: [-0.1 * max(0, len(text.split()) - 20) for text in texts]
     hints = [
@@ -373,8 +383,9 @@ def check_cautious(answer):
     """A function of two tensors of scores (B,) -> the smaller one for each response, (B,)."""
     import torch
 
-    first, second = torch.tensor([1.0, -0.5, 2.0, 0.0]), torch.tensor([0.5, 0.5, -2.0, 0.0])
+    first, second = torch.tensor([1.0, -0.5, 2.0, -3.0]), torch.tensor([0.5, 0.4, -2.5, 1.0])
     hints = [
+        (lambda a, b: torch.where(a.abs() < b.abs(), a, b), "smaller means lower, with its sign: -3 is below 1"),
         (lambda a, b: (a + b) / 2, "the mean lets one enthusiast outvote the other"),
         (torch.maximum, "that is the larger one: whoever is fooled decides"),
         (lambda a, b: min(a.min(), b.min()), "one number for the whole batch; one for each response is wanted"),

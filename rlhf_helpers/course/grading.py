@@ -49,7 +49,7 @@ def function(answer, cases, hints=(), agree=None, praise="right"):
         given = results(answer)
     except Exception as error:
         return say(False, f"your function stopped with {type(error).__name__}: {error}")
-    if any(result is ... or result is None for result in given):
+    if all(result is ... or result is None for result in given):
         return say(False, "no answer yet: the function returns nothing")
     right = [agrees(result, expected) for result, (_, expected) in zip(given, cases)]
     if all(right):
@@ -60,6 +60,22 @@ def function(answer, cases, hints=(), agree=None, praise="right"):
     first = right.index(False)
     arguments, expected = cases[first]
     say(False, f"for {', '.join(map(shown, arguments))}\n  expected {shown(expected)}\n  got      {shown(given[first])}")
+
+
+def keeping(answer):
+    """An advantage function, held to leaving its rollout as it was; whatever else an answer may be, unchanged."""
+    if not callable(answer):
+        return answer
+
+    def kept(rollout, *others):
+        before = copy.deepcopy(vars(rollout))
+        found = answer(rollout, *others)
+        for name in ("rewards", "values", "mask"):
+            if not same(getattr(rollout, name), before[name]):
+                raise ValueError(f"it changed rollout.{name}, which others read after it: work on a copy")
+        return found
+
+    return kept
 
 
 def not_a_config(answer):

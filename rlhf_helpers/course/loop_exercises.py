@@ -2,16 +2,18 @@
 
 from types import SimpleNamespace
 
-from rlhf_helpers.course.grading import function, same
+from rlhf_helpers.course.grading import function, keeping, same
 
 
 def batch_of_three():
-    """A rollout of three responses of three, two and one tokens, as far as an advantage function reads it."""
+    """A rollout of three responses of four, two and one tokens, as far as an advantage function reads it. The scores are what the
+    rewards add up to without the price of KL."""
     import torch
 
-    mask = torch.tensor([[True, True, True], [True, True, False], [True, False, False]])
-    rewards = torch.tensor([[-0.1, 0.2, 1.5], [-0.2, 0.4, 0.0], [-1.0, 0.0, 0.0]])
-    return SimpleNamespace(rewards=rewards, mask=mask, values=torch.where(mask, 0.3, 0.0), kl=-rewards, scores=rewards.sum(1))
+    mask = torch.tensor([[True, True, True, True], [True, True, False, False], [True, False, False, False]])
+    rewards = torch.tensor([[-0.1, 0.2, 0.1, 1.4], [-0.2, 0.4, 0.0, 0.0], [-1.0, 0.0, 0.0, 0.0]])
+    scores = torch.tensor([1.2, 0.9, -0.6])
+    return SimpleNamespace(rewards=rewards, mask=mask, values=torch.where(mask, 0.3, 0.0), kl=-rewards, scores=scores)
 
 
 def own_advantages(rollout, config=None, total=None):
@@ -32,6 +34,7 @@ def check_own_advantages(answer):
     rollout, right = batch_of_three(), own_advantages
     hints = [
         (made(returns), "no baseline yet: take the mean over the batch off, or every answer above 0 is praised"),
+        (made(lambda r: r.scores - r.scores.mean()), "the scores alone leave the price on KL out: add up rollout.rewards"),
         (made(centred, lambda number, r: number[:, None].expand_as(r.mask)), "the pads have an advantage, too: multiply by rollout.mask"),
         (made(lambda r: returns(r) - r.rewards.sum() / r.mask.sum()), "that baseline is the mean reward of a token; take the mean of the responses' sums"),
         (made(lambda r: -centred(r)), "the sign: better than the mean must come out positive"),
@@ -43,7 +46,7 @@ def check_own_advantages(answer):
         (lambda r, config=None, total=None: (centred(r), r.values), "one number a response came back; the trainer wants one for each token, (B, T)"),
     ]  # fmt: skip
     praise = "each response against the batch, on all its tokens: REINFORCE with a baseline"
-    function(answer, [((rollout, None, None), right(rollout))], hints, praise=praise)
+    function(keeping(answer), [((rollout, None, None), right(rollout))], hints, praise=praise)
 
 
 def trained_with(answer, train):

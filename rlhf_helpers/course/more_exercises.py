@@ -1,6 +1,7 @@
 """The exercise checks of notebook 08: as in `exercises`, a tick, or a cross with the likely mistake in words."""
 
 from rlhf_helpers.course.grading import function, say
+from rlhf_helpers.course.guesses import as_letter
 
 
 def check_share_between(answer):
@@ -12,10 +13,14 @@ def check_share_between(answer):
     between = lambda rewards: rewards.mean(1).var() - within(rewards) / k(rewards)
     right = lambda rewards: between(rewards) / (between(rewards) + within(rewards))
     population = lambda rewards: rewards.mean(1).var(unbiased=False) / rewards.var(unbiased=False)
+    flat = lambda rewards: rewards.var(1, unbiased=False).mean()
+    spread = lambda rewards: rewards.mean(1).var(unbiased=False) - flat(rewards) / k(rewards)
+    over_n = lambda rewards: spread(rewards) / (spread(rewards) + flat(rewards))
     drawn = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
     cases = [drawn + torch.arange(5.0)[:, None], 0.5 * drawn[:3, :2] + torch.tensor([[0.0], [3.0], [-1.0]])]
     hints = [
         (lambda r: r.mean(1).var() / r.var(), "the mean of a prompt's answers still scatters by within / answers, even if all prompts were alike: take that off"),
+        (over_n, "variances over n - 1, as torch takes them"),
         (population, "the mean of a prompt's answers still scatters by within / answers, even if all prompts were alike: take that off"),
         (lambda r: r.mean(1).var() / (r.mean(1).var() + within(r)), "the mean of a prompt's answers still scatters by within / answers: take that off first"),
         (lambda r: 1 - right(r), "that is the share within prompts; the other one is asked for"),
@@ -33,7 +38,7 @@ def check_group_normalised(answer):
 
     less_mean = lambda groups: groups - groups.mean(1, keepdim=True)
     right = lambda groups: less_mean(groups) / (groups.std(1, keepdim=True) + 1e-4)
-    alike = lambda a, b: a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-3, equal_nan=True)
+    alike = lambda a, b: a.shape == b.shape and torch.allclose(a.to(b), b, rtol=1e-3, atol=1e-3, equal_nan=True)
     drawn = torch.randn(2, 4, generator=torch.Generator().manual_seed(2))
     cases = [torch.cat([drawn, torch.full((1, 4), 0.5)]), torch.tensor([[1.0, 0.0, 0.0], [2.0, -2.0, 0.5]])]
     k = lambda groups: groups.shape[1]
@@ -59,7 +64,7 @@ def check_what_follows(answer):
     }
     if answer is ...:
         return say(False, "no answer yet: put A, B or C where the three dots are")
-    letter = answer.strip().upper() if isinstance(answer, str) else None
+    letter = as_letter(answer, tuple("ABC"))
     if letter == "C":
         return say(True, "not decided is a result: it says how much is still possible")
     say(False, crosses.get(letter, "expected one of the letters A, B and C"))

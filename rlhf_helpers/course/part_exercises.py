@@ -3,7 +3,7 @@ trainer. As in `exercises`, a tick, or a cross with the likely mistake in words.
 
 from types import SimpleNamespace
 
-from rlhf_helpers.course.grading import function
+from rlhf_helpers.course.grading import function, keeping, same
 
 
 def check_lora(answer):
@@ -23,7 +23,7 @@ def check_lora(answer):
         (lambda x, W, A, B, alpha: alpha / len(A) * (B @ (A @ x)), "that is the detour alone; the frozen W x goes beside it"),
         (lambda x, W, A, B, alpha: alpha / len(A) * (W @ x + B @ (A @ x)), "only the detour is weighed, W x stays as it is"),
     ]
-    cases = [(case(6, 4, 2, 16.0, 0),), (case(3, 5, 1, 1.0, 1),)]
+    cases = [(case(6, 4, 2, 16.0, 0),), (case(3, 5, 2, 3.0, 1),)]
     function(answer, [(arguments, right(*arguments)) for (arguments,) in cases], hints, praise="and with B = 0 it is the frozen layer, to the bit")
 
 
@@ -44,18 +44,20 @@ def check_pad_left(answer):
         (lambda rows, pad: padded(rows, pad)[0], "those are the ids; return the mask, too"),
         (lambda rows, pad: padded(rows, pad)[::-1], "the other way round: the ids first, then the mask"),
         (lambda rows, pad: (padded(rows, pad)[0], (padded(rows, pad)[0] != pad).long()), "a row may hold the pad's id as a real token: make the mask from lengths"),
+        (lambda rows, pad: tuple(part.float() for part in padded(rows, pad)), "ids and mask are whole numbers: two LongTensors, dtype torch.long"),
+        (lambda rows, pad: tuple(part.tolist() for part in padded(rows, pad)), "those are lists; two LongTensors are wanted"),
         (lambda rows, pad: (padded(rows, 0)[0], padded(rows, pad)[1]), "fill with the pad that was given, which need not be 0"),
     ]  # fmt: skip
-    rows = [torch.tensor(row) for row in ([4, 7, 5], [8], [6, 7])]
+    rows = [torch.tensor(row) for row in ([8], [6, 7, 4, 9], [7, 5])]
     function(answer, [((rows, 7), padded(rows, 7))], hints, agree=pairs_agree, praise="now put it to work below")
 
 
 def pairs_agree(a, b):
-    """Whether two pairs of tensors are the same, numbers alike."""
+    """Whether two pairs of tensors are the same, whole numbers both."""
     if not (isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)) and len(a) == len(b) == 2):
         return type(a) is type(b) and bool((a == b).all())
-    plain = [[[float(x) for x in row] for row in tensor] for tensor in (*a, *b)]
-    return plain[:2] == plain[2:]
+    kinds = lambda pair: [getattr(part, "dtype", type(part)) for part in pair]  # an embedding takes LongTensors alone
+    return kinds(a) == kinds(b) and all(map(same, a, b))
 
 
 def check_advantages(answer):
@@ -76,8 +78,11 @@ def check_advantages(answer):
 
     everywhere = lambda x, mask: ppo.whiten(x, torch.ones_like(mask))
     on_mask = lambda x, mask: torch.where(mask, everywhere(x, mask), 0.0)
+    n = lambda mask: mask.sum()
+    population = lambda x, mask: ppo.whiten(x, mask) * torch.sqrt(n(mask) / (n(mask) - 1))
     right = made()
     hints = [
+        (made(whiten=population), "the deviation over n - 1, as torch's std takes it"),
         (made(whiten=lambda x, mask: x), "those are not whitened yet: less their mean, over their deviation, on real tokens"),
         (made(whiten=on_mask), "padding has been counted: mean and deviation are over the mask alone"),
         (made(whiten=everywhere), "padding has been whitened, too: it must stay 0, and not count"),
@@ -92,7 +97,7 @@ def check_advantages(answer):
     draw = lambda seed: torch.where(mask, torch.randn(mask.shape, generator=torch.Generator().manual_seed(seed)), 0.0)
     rollout = SimpleNamespace(rewards=draw(0), values=draw(1), mask=mask, lengths=mask.sum(1))
     config = SimpleNamespace(gamma=0.95, lam=0.9)
-    function(answer, [((rollout, config), right(rollout, config))], hints, agree=near_pairs, praise="the trainer below will take it")
+    function(keeping(answer), [((rollout, config), right(rollout, config))], hints, agree=near_pairs, praise="the trainer below will take it")
 
 
 def near_pairs(a, b):
