@@ -46,6 +46,13 @@ class State:
 def save_checkpoint(trainer, folder, extra=None):
     """Write the trainer's whole state to `folder`, and with it `extra`, a dict that JSON can keep, for `read_settings`. Every
     process calls it, the main one writes. Raises files.NotWritten, on every process, and leaves the last checkpoint as it was."""
+    if not isinstance(extra or {}, dict):
+        raise InputError(f"save: extra is {shown(extra)}; expected a dict")
+    for name, weight in state_of(trainer).parameters.items():
+        if not weight.isfinite().all():  # `resume` would refuse it, and the last whole one would be gone
+            raise InputError(
+                f"{folder}: not saved: {name} has numbers that are not finite; the last whole one, if there was one, is kept"
+            )
     everyones = gather_object([random_states(trainer)])
     failed = None
     if trainer.accelerator.is_main_process:
@@ -129,6 +136,7 @@ def load_checkpoint(trainer, folder, strict=True):
     folder, about = _read(folder)
     processes = about["num_processes"]
     _check_settings(folder, about, trainer.config, trainer.accelerator.num_processes, strict)
+    _check_adapters(folder, trainer.model.pretrained_model)
     same_price = trainer.config.init_kl_coef == about["config"]["init_kl_coef"]
     kl_coef = about["kl_coef"] if same_price else trainer.config.init_kl_coef
     history = _read_history(folder, about["steps_done"])
@@ -141,6 +149,18 @@ def load_checkpoint(trainer, folder, strict=True):
     except BaseException:
         _put(trainer, before)
         raise
+
+
+def _check_adapters(folder, lm):
+    """Their shapes alone would fit adapters of another strength, too."""
+    here = getattr(lm, "active_peft_config", None)
+    there = read_json(folder / "adapter_config.json") if here else {}
+    for name in ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora"):
+        if name in there and there[name] != getattr(here, name, None):
+            raise InputError(
+                f"{folder}: adapters with {name} {shown(there[name])}, the model's have {shown(getattr(here, name, None))}; "
+                "expected the same"
+            )
 
 
 def read_settings(folder, config=None, processes=1):

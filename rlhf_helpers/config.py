@@ -108,6 +108,11 @@ class PPOConfig:
         need("system", lambda value: value is None or (type(value) is str and value.strip()), "None or some text")
         need("log_with", lambda value: value is None or (type(value) is str and value), "None or a tracker's name")
         need("seed", lambda value: whole(value) and 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")
+        if self.adap_kl_ctrl and self.horizon <= 0.2 * self.batch_size:
+            raise InputError(
+                f"PPOConfig.horizon is {self.horizon}; expected above 0.2 x batch_size = {0.2 * self.batch_size:g}: a step far below "
+                "the target would turn the coefficient negative"
+            )
         group = self.mini_batch_size * self.gradient_accumulation_steps
         if self.batch_size % group:
             raise InputError(

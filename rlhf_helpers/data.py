@@ -198,7 +198,7 @@ def _answer(where, name, value):
 
 
 def _is_transcript(text):
-    return bool(re.match(r"\s*(Human|System):", text)) and ANSWER in text
+    return bool(re.match(r"\s*(Human|System|Assistant):", text)) and ANSWER in text
 
 
 def _written(chat):

@@ -63,9 +63,11 @@ def train_with_dpo(
         with own_adapters(lm):
             trainer = Ready(lm, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
         trainer.add_callback(ShowProgress("DPO"))
-        train_quietly(trainer)
+        try:
+            train_quietly(trainer)
+        finally:
+            if "ref" in lm.peft_config:
+                lm.delete_adapter("ref")  # TRL's copy of the adapters as they began
     names = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
     log = [row for row in trainer.state.log_history if "loss" in row]
-    if "ref" in lm.peft_config:
-        lm.delete_adapter("ref")  # TRL's copy of the adapters as they began
     return [dict(step=row["step"], **{ours: float(row[theirs]) for theirs, ours in names.items()}) for row in log]

@@ -100,7 +100,11 @@ def evaluate_here(trainer, prompts, reward_fn, seed, batch_size, reference):
             kl += [0.0] * len(batch) if reference else kl_of(trainer.inspect(batch, responses))
             done.update(len(batch))
     rewards = [float(score) for score in reward_fn(prompts, texts)]
-    return list(zip(texts, rewards, map(gold_reward, prompts, texts), kl))
+    if len(rewards) != len(texts) or not np.isfinite(rewards).all():
+        raise InputError(
+            f"the reward function gave {shown(rewards)} for {len(texts)} answers; expected a finite number for each"
+        )
+    return list(zip(texts, rewards, map(gold_reward, prompts, texts), kl, strict=True))
 
 
 def kl_of(rollout):

@@ -27,11 +27,11 @@ class NotWritten(InputError, OSError):
 def whole_folder(folder, sign):
     """Gives a new folder beside `folder` to write into, `<name>.part`, which takes the place of `folder` when all went well.
 
-    The old folder is `<name>.old` between two renames, where `find_whole` looks; left-overs of killed saves are removed. A
+    The old folder is `aside(folder)` between two renames, where `find_whole` looks; left-overs of killed saves are removed. A
     folder that holds something and no file `sign` is nobody's former save: InputError, and it is not touched. An OSError becomes
     NotWritten, one sentence with its reason."""
     place = Path(os.path.realpath(folder))
-    beside, old = (place.with_name(place.name + ending) for ending in (".part", ".old"))
+    beside, old = place.with_name(place.name + ".part"), aside(place)
     try:
         if old.is_dir() and not place.exists():  # a save was killed between its two renames
             old.rename(place)
@@ -124,9 +124,14 @@ def _remove(folder):
 # ---------------------------------------------------------------- read
 
 
+def aside(folder):
+    """Where a folder stands between a save's two renames: `.<name>.old`, hidden, so that nobody's own `<name>.old` is in the way."""
+    return Path(folder).parent / f".{Path(folder).name}.old"
+
+
 def find_whole(folder):
-    """`folder`, or `<name>.old` if a save was killed between its two renames: the last whole one."""
-    folder, old = Path(folder), Path(f"{folder}.old")
+    """`folder`, or `aside(folder)` if a save was killed between its two renames: the last whole one."""
+    folder, old = Path(folder), aside(folder)
     return old if old.is_dir() and not folder.exists() else folder
 
 

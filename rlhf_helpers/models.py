@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from rlhf_helpers.assets import ASSETS, ensure_model
 from rlhf_helpers.data import turns
 from rlhf_helpers.errors import InputError
-from rlhf_helpers.files import reason
+from rlhf_helpers.files import reason, shown
 from rlhf_helpers.machine import device_and_dtype, no_four_bit
 from rlhf_helpers.quirks import give_back_large_blocks, give_back_the_rest, is_4bit_layer, keep_gradients, unmap
 from rlhf_helpers.shard import STORAGE, several_processes, shard
@@ -117,7 +117,12 @@ def encode_prompt(tokenizer, prompt, system=None):
         text = prompt if system is None else f"{system}\n\n{prompt}"
         return tokenizer(text, return_tensors="pt")["input_ids"][0]
     chat = as_chat(tokenizer, prompt, system)
-    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    try:
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise InputError(
+            f"prompt {shown(prompt)}: the chat template refuses it ({reason(error)}); expected turns that it takes"
+        ) from None
     return tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import numbers
 import warnings
 
 import torch
@@ -17,12 +18,23 @@ from rlhf_helpers.quirks import give_back_large_blocks
 from rlhf_helpers.shard import refuse_accelerate_fsdp
 
 
-def check_parts(model, ref_model, tokenizer):
+def check_parts(model, ref_model, tokenizer, advantages=None):
     """Raises TypeError or InputError for parts that do not make a trainer."""
     if not isinstance(model, PolicyWithValueHead):
         raise TypeError(f"model is a {type(model).__name__}; expected PolicyWithValueHead(your_causal_lm)")
+    if advantages is not None and not callable(advantages):
+        raise InputError(f"advantages is {shown(advantages)}; expected a function, such as advantages.leave_one_out")
     if tokenizer is None or tokenizer.pad_token_id is None:
         raise InputError("tokenizer: expected one with a pad token (models.load_tokenizer gives one)")
+    vocabulary = model.config.get_text_config().vocab_size
+    if tokenizer.pad_token_id >= vocabulary:
+        raise InputError(
+            f"tokenizer: its pad token has id {tokenizer.pad_token_id}; expected 0 to {vocabulary - 1}, an id that the model has"
+        )
+    if getattr(getattr(model.pretrained_model, "active_peft_config", None), "is_prompt_learning", False):
+        raise InputError(
+            "the policy has virtual tokens in front of its prompts; expected adapters inside its layers, e.g. LoRA"
+        )
     if is_4bit(model) and not model.has_adapters:
         raise InputError(
             "the policy has 4-bit weights and no adapters: 4-bit weights get no gradient, so only scraps of it would train; "
@@ -34,8 +46,29 @@ def check_parts(model, ref_model, tokenizer):
                 f"parameter {name} is {str(parameter.dtype)[6:]} and would learn: an update far smaller than a weight is lost in its "
                 "rounding; expected fp32 (model.float()), or a frozen model with LoRA adapters"
             )
-    if bare(ref_model) is model.pretrained_model:
-        raise InputError("ref_model is the policy itself; expected None (its adapters switched off) or another model")
+    learns = {id(p) for p in model.pretrained_model.parameters() if p.requires_grad}
+    if not learns:
+        raise InputError(
+            "no weight of the policy would learn: all are frozen; expected adapters with gradients (PeftModel.from_pretrained needs is_trainable=True)"
+        )
+    if ref_model is None:
+        return
+    if bare(ref_model) is model.pretrained_model or learns & {id(p) for p in bare(ref_model).parameters()}:
+        raise InputError(
+            "ref_model is the policy itself, or shares weights with it that learn (PEFT puts adapters into the model that it is given); expected None (its adapters switched off) or another model"
+        )
+    if bare(ref_model).config.get_text_config().vocab_size < vocabulary:
+        raise InputError(f"ref_model has fewer token ids than the policy; expected at least {vocabulary}")
+
+
+def check_loop(steps, reward_fn, on_step):
+    """Raises InputError for what `PPOTrainer.train` cannot go on with."""
+    whole = isinstance(steps, numbers.Integral) and not isinstance(steps, bool)
+    if steps is not None and not (whole and steps >= 0):
+        raise InputError(f"train: steps is {shown(steps)}; expected None or a whole number from 0")
+    for name, function in (("reward_fn", reward_fn), ("on_step", on_step)):
+        if not callable(function) and (name == "reward_fn" or function is not None):
+            raise InputError(f"train: {name} is {shown(function)}; expected a function")
 
 
 def bare(model):
@@ -81,7 +114,16 @@ def adam(model, config):
 
 def encode_prompts(tokenizer, prompts, room, system=None):
     """(prompts, queries): those of at most `room` tokens, and their token ids. The others are counted in a warning."""
+    if isinstance(prompts, str):
+        raise InputError(f"prompts is {shown(prompts)}; expected a list of texts")
+    prompts = list(prompts)
+    for row, prompt in enumerate(prompts):
+        if not isinstance(prompt, str) or not prompt.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise InputError(f"prompts[{row}] is {shown(prompt)}; expected some text")
     queries = [encode_prompt(tokenizer, prompt, system) for prompt in prompts]
+    for row, query in enumerate(queries):
+        if len(query) == 0:
+            raise InputError(f"prompts[{row}] is {shown(prompts[row])}, which has no tokens; expected some text")
     kept = [(prompt, query) for prompt, query in zip(prompts, queries) if len(query) <= room]
     if not kept:
         raise InputError(
@@ -94,7 +136,7 @@ def encode_prompts(tokenizer, prompts, room, system=None):
 
 def room_for_prompts(model, config):
     """Tokens that a prompt may have, so that a response fits behind it."""
-    return (model.config.get_text_config().max_position_embeddings or math.inf) - config.max_new_tokens
+    return (getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf) - config.max_new_tokens
 
 
 def rows_of(batch, size, n, seed, repeats=1):

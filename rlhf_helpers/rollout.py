@@ -6,6 +6,7 @@ import torch
 
 from rlhf_helpers import ppo
 from rlhf_helpers.errors import InputError
+from rlhf_helpers.files import shown
 from rlhf_helpers.sampling import pad_left
 
 
@@ -96,22 +97,38 @@ def checked_batch(queries, responses, scores, size, vocabulary, expected=None):
     """(queries, responses, scores) of one step as lists of `size` CPU LongTensors and one float tensor (B,). Raises InputError that
     names the row."""
     for name, given in (("queries", queries), ("responses", responses), ("scores", scores)):
+        if not hasattr(given, "__len__") or isinstance(given, (str, dict, set)):
+            raise InputError(f"step: {name} is {shown(given)}; expected a list, one for each response")
         if len(given) != size:
             raise InputError(f"step: {len(given)} {name}; expected {expected or size}")
-    scores = torch.stack([torch.as_tensor(score).detach().float().cpu().reshape(-1) for score in scores])
-    if scores.shape[1] != 1:
-        raise InputError(f"step: a score with {scores.shape[1]} values; expected one number a response")
-    scores = scores[:, 0]
+    scores = torch.stack([checked_score(row, score) for row, score in enumerate(scores)])
     for row in (~torch.isfinite(scores)).nonzero().flatten().tolist():
         raise InputError(f"step: scores[{row}] is {scores[row].item()}; expected a finite number")
     return checked_ids("query", queries, vocabulary), checked_ids("response", responses, vocabulary), scores
 
 
+def checked_score(row, score):
+    """One score as a float tensor without dimensions. Raises InputError that names the row."""
+    try:
+        number = torch.as_tensor(score).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"step: scores[{row}] is {shown(score)}; expected a finite number") from None
+    if number.numel() != 1 or number.is_complex():
+        what = "a complex number" if number.is_complex() else f"a score with {number.numel()} values"
+        raise InputError(f"step: scores[{row}] is {what}; expected one number a response")
+    return number.float().reshape(())
+
+
 def checked_ids(name, sequences, vocabulary):
     """Token ids as 1-D LongTensors on the CPU. Raises InputError that names the row."""
     checked = []
+    if len(sequences) == 0:
+        raise InputError(f"no {name}: expected at least one, a 1-D LongTensor of token ids")
     for row, ids in enumerate(sequences):
-        ids = torch.as_tensor(ids).detach().cpu()
+        try:
+            ids = torch.as_tensor(ids).detach().cpu()
+        except (TypeError, ValueError, RuntimeError):
+            raise InputError(f"{name} {row} is {shown(ids)}; expected a 1-D LongTensor of token ids") from None
         if ids.dim() != 1 or ids.dtype not in (torch.long, torch.int):
             raise InputError(f"{name} {row} is {tuple(ids.shape)} {ids.dtype}; expected a 1-D LongTensor of token ids")
         if len(ids) == 0:

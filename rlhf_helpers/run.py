@@ -14,7 +14,7 @@ from pathlib import Path
 from rlhf_helpers.checkpoint import FREE, read_settings
 from rlhf_helpers.data import read_jsonl
 from rlhf_helpers.errors import InputError
-from rlhf_helpers.files import find_whole, raise_written, read_json, shown, write_text
+from rlhf_helpers.files import aside, find_whole, raise_written, read_json, shown, write_text
 from rlhf_helpers.machine import no_four_bit
 
 WEIGHTS = "weights (by whether bitsandbytes is there)"
@@ -86,7 +86,7 @@ def saved_run(output, now, resume=None):
     """What the checkpoint in `output` says of its run, or None without one. Raises InputError if that run is another one than
     the one with the settings `now`."""
     folder, how = output / "checkpoint", "--fresh to begin anew, or another --output"
-    if not any(folder.with_name(folder.name + ending).exists() for ending in ("", ".old")):
+    if not (folder.exists() or aside(folder).exists()):
         return None
     try:
         saved = read_settings(folder)

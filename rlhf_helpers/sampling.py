@@ -9,6 +9,7 @@ import contextlib
 import functools
 import hashlib
 import math
+import numbers
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,13 @@ def checked_options(own_temperature, temperature, greedy, eos_token_id, pad_toke
                 f"generate: {name}={value!r} would sample from another distribution than the one that is scored; expected {NEUTRAL[name][0]}"
             )
     return temperature, greedy, end_ids(eos_token_id), pad_token_id
+
+
+def check_whole(**sizes):
+    """Raises InputError, by its name, for what is no whole number from 1."""
+    for name, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+            raise InputError(f"generate: {name} is {value!r:.80}; expected a whole number from 1")
 
 
 def end_ids(eos_id):
@@ -98,8 +106,9 @@ class Samples:
 @dataclass
 class Drawn:
     """How one response was drawn. `generate` leaves it on the tensor that it gives, as `response.drawn`; a tensor made in any
-    other way has none. It counts as long as ids, temperature and weights are those of the drawing."""
+    other way has none. It counts as long as query, ids, temperature and weights are those of the drawing."""
 
+    query: torch.Tensor  # (L,) what it answers
     ids: torch.Tensor  # (T,) a copy: the response itself may be changed
     logprobs: torch.Tensor  # (T,)
     hidden: torch.Tensor  # (T, H)
@@ -115,11 +124,16 @@ def digest(parameters):
     return sha.digest()
 
 
-def how_drawn(responses, temperature, weights):
+def how_drawn(queries, responses, temperature, weights):
     """The Drawn of every response, or None where it is missing or no longer true."""
     notes = [getattr(response, "drawn", None) for response in responses]
-    true = lambda note, ids: note.temperature == temperature and note.weights == weights and torch.equal(note.ids, ids.cpu())
-    return [note if note is not None and true(note, ids) else None for note, ids in zip(notes, responses)]
+    same = lambda a, b: torch.equal(a.cpu(), torch.as_tensor(b).cpu())
+
+    def true(note, query, ids):
+        return note.temperature == temperature and note.weights == weights and same(note.ids, ids) and same(note.query, query)
+
+    rows = zip(notes, queries, responses)
+    return [note if note is not None and true(note, query, ids) else None for note, query, ids in rows]
 
 
 def padded(notes, device):

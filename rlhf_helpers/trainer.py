@@ -13,9 +13,9 @@ from rlhf_helpers import fast, ppo, progress
 from rlhf_helpers.checkpoint import load_checkpoint, save_checkpoint
 from rlhf_helpers.interrupts import finishing
 from rlhf_helpers.models import eos_ids, response_logits
-from rlhf_helpers.parts import adam, check_parts, encode_prompts, processes, reference_of, room_for_prompts, rows_of
+from rlhf_helpers.parts import adam, check_loop, check_parts, encode_prompts, processes, reference_of, room_for_prompts, rows_of
 from rlhf_helpers.rollout import checked_batch, checked_ids, clipped_scores, collate, fill_rewards, gae_advantages
-from rlhf_helpers.sampling import Drawn, checked_options, digest, how_drawn, padded, reader_of, sample
+from rlhf_helpers.sampling import Drawn, check_whole, checked_options, digest, how_drawn, padded, reader_of, sample
 from rlhf_helpers.shard import everywhere
 from rlhf_helpers.stats import Clock, minibatch_stats, sampler_stats, step_stats
 
@@ -29,7 +29,7 @@ class PPOTrainer:
     holds the scalar stats of all steps. `permutation`, a function of n, orders the minibatches and may be replaced."""
 
     def __init__(self, config, model, ref_model=None, tokenizer=None, advantages=gae_advantages):
-        check_parts(model, ref_model, tokenizer)
+        check_parts(model, ref_model, tokenizer, advantages)
         self.config, self.tokenizer, self.advantages = config, tokenizer, advantages
         self.accelerator = processes(config)
         self.device = self.accelerator.device
@@ -63,14 +63,16 @@ class PPOTrainer:
         kwargs = dict(eos_token_id=self.eos_ids, pad_token_id=self.tokenizer.pad_token_id) | kwargs
         temperature, greedy, eos, pad_id = checked_options(self.config.temperature, temperature, greedy, **kwargs)
         queries = checked_ids("query", queries, self.model.config.get_text_config().vocab_size)
-        size, length = batch_size or len(queries), max_new_tokens or self.config.max_new_tokens
+        size = len(queries) if batch_size is None else batch_size
+        length = self.config.max_new_tokens if max_new_tokens is None else max_new_tokens
+        check_whole(batch_size=size, max_new_tokens=length)
         responses, weights = [], None if reference else digest(self.parameters)
         with reader_of(self.model, reference and (self.ref_model or True), self.unpacked) as (lm, reader):
             for rows in (queries[start : start + size] for start in range(0, len(queries), size)):
                 drawn = sample(lm, rows, length, eos, pad_id, temperature, generator or self.generator, greedy, reader)
                 responses += drawn.responses
-                for response, logprobs, hidden in zip(drawn.responses, drawn.logprobs, drawn.hidden):
-                    response.drawn = Drawn(response.clone(), logprobs, hidden, temperature, weights)
+                for query, response, logprobs, hidden in zip(rows, drawn.responses, drawn.logprobs, drawn.hidden):
+                    response.drawn = Drawn(query, response.clone(), logprobs, hidden, temperature, weights)
         return [torch.cat([q, r]) for q, r in zip(queries, responses)] if return_prompt else responses
 
     def decode(self, responses):
@@ -84,6 +86,7 @@ class PPOTrainer:
         responses)` takes two lists of str and returns a number for each; `on_step(trainer, stats)` is called after every
         step. Returns the history. Ctrl-C, or a notebook's stop button, is heard after a whole step (`interrupts.Interrupted`);
         the next call goes on from there."""
+        check_loop(steps, reward_fn, on_step)
         prompts, queries = self.encode(prompts)
         once = max(1, len(prompts) // (self.config.batch_size * self.accelerator.num_processes))
         steps = once if steps is None else steps
@@ -94,12 +97,16 @@ class PPOTrainer:
                     break
                 rows = self.next_rows(len(prompts))
                 batch, batch_queries = [prompts[i] for i in rows], [queries[i] for i in rows]
-                clock = Clock()
-                responses = self.generate(batch_queries)
-                clock.lap("time/generate")
-                scores = reward_fn(batch, self.decode(responses))
-                clock.lap("time/reward")
-                stats = self.step(batch_queries, responses, scores, batch) | clock.laps
+                clock, before = Clock(), self.generator.get_state()
+                try:
+                    responses = self.generate(batch_queries)
+                    clock.lap("time/generate")
+                    scores = reward_fn(batch, self.decode(responses))
+                    clock.lap("time/reward")
+                    stats = self.step(batch_queries, responses, scores, batch) | clock.laps
+                except BaseException:
+                    self.generator.set_state(before)  # the next call draws what this one would have
+                    raise
                 self.history[-1] |= clock.laps
                 done.update()
                 if on_step:
@@ -164,10 +171,11 @@ class PPOTrainer:
         """The rollout: log-probs under policy and reference, values, rewards, advantages, returns. No gradients. `total`
         makes the whitening that of all processes; with `skip`, what the sampler noted takes the place of the policy's pass."""
         config, clock, tokenizer = self.config, clock or Clock(), self.tokenizer
-        notes = how_drawn(responses, config.temperature, digest(self.parameters))
         expected = f"{size}" if size != config.batch_size else f"PPOConfig.batch_size = {size}"
         vocabulary = self.model.config.get_text_config().vocab_size
+        drawn = responses
         queries, responses, scores = checked_batch(queries, responses, scores, size, vocabulary, expected)
+        notes = how_drawn(queries, drawn, config.temperature, digest(self.parameters))
         scores = clipped_scores(scores, responses, config, self.eos_ids)
         rollout = collate(queries, responses, scores, tokenizer.pad_token_id, self.device)
         rollout.texts, rollout.prompts = self.decode(responses), prompts or tokenizer.batch_decode(queries)

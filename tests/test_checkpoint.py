@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from rlhf_helpers.checkpoint import load_checkpoint, read_settings, save_checkpoint
 from rlhf_helpers.config import PPO_FIELDS
 from rlhf_helpers.errors import InputError
-from rlhf_helpers.files import NotWritten, write_manifest
+from rlhf_helpers.files import NotWritten, aside, write_manifest
 from tests import tiny
 from tests.tiny import batch, same, state, with_lora
 
@@ -330,7 +330,7 @@ def test_a_load_that_fails_at_the_last_moment_puts_everything_back(saved, other,
 # ---------------------------------------------------------------- settings
 
 
-OTHERS = dict(batch_size=8, mini_batch_size=4, gradient_accumulation_steps=2, ppo_epochs=3, kl_penalty="abs", seed=1,
+OTHERS = dict(horizon=60.0, batch_size=8, mini_batch_size=4, gradient_accumulation_steps=2, ppo_epochs=3, kl_penalty="abs", seed=1,
               gamma=0.9, lam=0.5, max_new_tokens=9, system="t9", num_generations=2)  # fmt: skip
 
 
@@ -374,9 +374,9 @@ def test_a_checkpoint_says_what_it_is_and_keeps_what_it_was_given(saved):
     told = read_settings(folder)
     assert told["extra"] == {"model": "tiny", "before": [0.1, None]} and told["config"] == vars(trainer.config)
     assert (told["steps_done"], told["kl_coef"], told["num_processes"]) == (1, trainer.kl_coef, 1)
-    os.rename(folder, f"{folder}.old")
+    os.rename(folder, aside(folder))
     assert read_settings(folder) == told
-    (Path(f"{folder}.old") / "adapter_config.json").write_text("{}")
+    (aside(folder) / "adapter_config.json").write_text("{}")
     with pytest.raises(InputError, match="adapter_config.json: 2 bytes; expected the"):
         read_settings(folder)
 

@@ -11,7 +11,7 @@ import torch
 from rlhf_helpers import reward
 from rlhf_helpers.data import save_jsonl
 from rlhf_helpers.errors import InputError
-from rlhf_helpers.files import write_manifest
+from rlhf_helpers.files import aside, write_manifest
 from rlhf_helpers.pairwise import pairwise_loss
 from rlhf_helpers.reward import (
     RewardModel,
@@ -196,7 +196,7 @@ def test_one_flipped_bit_in_the_weights_is_seen(broken):
 
 def test_a_save_killed_between_its_two_renames_leaves_a_model_that_loads(broken):
     scores = RewardModel.load(broken)(PROMPTS, RESPONSES)
-    os.rename(broken, f"{broken}.old")
+    os.rename(broken, aside(broken))
     assert torch.equal(RewardModel.load(broken)(PROMPTS, RESPONSES), scores)
     model(2).save(broken)
     assert RewardModel.load(broken).model.config.num_labels == 2 and [path.name for path in broken.parent.iterdir()] == ["rm"]

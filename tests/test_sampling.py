@@ -162,14 +162,16 @@ def test_the_log_probs_it_drew_with_are_those_of_its_tokens(make):
         assert logprobs.dtype == torch.float32
 
 
-def test_how_a_response_was_drawn_counts_as_long_as_ids_temperature_and_weights_are_the_same():
+def test_how_a_response_was_drawn_counts_as_long_as_query_ids_temperature_and_weights_are_the_same():
     response = torch.tensor([5, 6])
-    response.drawn = sampling.Drawn(response.clone(), torch.zeros(2), torch.zeros(2, 4), 0.7, b"weights")
+    query, other = torch.tensor([3]), torch.tensor([4])
+    response.drawn = sampling.Drawn(query, response.clone(), torch.zeros(2), torch.zeros(2, 4), 0.7, b"weights")
     known = lambda *args: [note is not None for note in sampling.how_drawn(*args)]
-    assert known([response, torch.tensor([5, 6])], 0.7, b"weights") == [True, False]
-    assert known([response], 0.8, b"weights") == known([response], 0.7, b"others") == [False]
+    assert known([query, query], [response, torch.tensor([5, 6])], 0.7, b"weights") == [True, False]
+    assert known([query], [response], 0.8, b"weights") == known([query], [response], 0.7, b"others") == [False]
+    assert known([other], [response], 0.7, b"weights") == [False]
     response[1] = 7
-    assert known([response], 0.7, b"weights") == [False]
+    assert known([query], [response], 0.7, b"weights") == [False]
 
 
 def test_a_digest_tells_whether_a_weight_has_changed_however_it_was_done():

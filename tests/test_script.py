@@ -350,7 +350,7 @@ def test_a_full_disk_is_one_sentence_and_the_last_whole_checkpoint_stays(home, s
     assert exit_status(start()) == 0 and "going on from step 2 of 5" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["checkpoint", "checkpoint.old"])
+@pytest.mark.parametrize("name", ["checkpoint", ".checkpoint.old"])
 def test_a_damaged_checkpoint_is_not_begun_over_silently(name, home, start, capsys):
     (home / "run" / name).mkdir(parents=True)
     (home / "run" / name / "trainer.json").write_text("{")
@@ -362,7 +362,7 @@ def test_a_damaged_checkpoint_is_not_begun_over_silently(name, home, start, caps
 
 def test_a_checkpoint_to_begin_with_may_be_one_whose_saving_was_killed_between_its_renames(home, start, capsys):
     assert exit_status(start(steps=1)) == 0
-    (home / "run" / "checkpoint").rename(home / "elsewhere.old")
+    (home / "run" / "checkpoint").rename(home / ".elsewhere.old")
     assert exit_status(start("--resume", "elsewhere", steps=2, output="more")) == 0
     assert "resumed at step 1" in capsys.readouterr().out
 

@@ -1,0 +1,187 @@
+"""What a curious user hands over and must not: one sentence each, and a trainer that is as it was, random numbers included."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+
+from rlhf_helpers import advantages, models
+from rlhf_helpers.config import PPOConfig
+from rlhf_helpers.data import load_prompts, turns
+from rlhf_helpers.errors import InputError
+from rlhf_helpers.evaluation import evaluate
+from rlhf_helpers.trainer import PPOTrainer
+from tests import tiny
+from tests.tiny import llama, same, state, with_lora
+
+PROMPTS = [f"t{i} t{i + 1}" for i in range(10, 20)]
+lengths = lambda prompts, texts: [float(len(text.split())) for text in texts]
+
+
+def frozen(folder):
+    with_lora(llama(), b_scale=0.3).save_pretrained(folder)
+    return PeftModel.from_pretrained(llama(), folder)  # is_trainable is forgotten
+
+
+def with_its_base(folder):
+    base = llama()
+    return tiny.trainer(with_lora(base), ref_model=base)  # PEFT has put the adapters into it
+
+
+def pad_of_its_own(folder):
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    return tiny.trainer(tokenizer=tokenizer)
+
+
+PARTS = {
+    "adapters loaded to be read": (lambda folder: tiny.trainer(frozen(folder)), "is_trainable=True"),
+    "a frozen model": (lambda folder: tiny.trainer(llama().requires_grad_(False)), "all are frozen"),
+    "the adapters' own base": (with_its_base, "shares weights with it that learn"),
+    "a pad that the model lacks": (pad_of_its_own, "its pad token has id 128; expected 0 to 127"),
+    "a reference of fewer words": (
+        lambda folder: tiny.trainer(with_lora(llama()), ref_model=llama(vocab_size=64)),
+        "at least 128",
+    ),
+    "virtual tokens": (
+        lambda folder: tiny.trainer(get_peft_model(llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))),
+        "virtual tokens",
+    ),
+    "advantages by name": (
+        lambda folder: PPOTrainer(
+            PPOConfig(), models.PolicyWithValueHead(llama()), None, tiny.tokenizer(), advantages="leave_one_out"
+        ),
+        "advantages is 'leave_one_out'; expected a function",
+    ),
+    "a price that would turn negative": (lambda folder: PPOConfig(horizon=10.0), "expected above 0.2 x batch_size = 25.6"),
+}
+
+
+@pytest.mark.parametrize("make, words", PARTS.values(), ids=PARTS)
+def test_parts_that_could_not_learn_or_would_learn_another_thing(make, words, tmp_path):
+    with pytest.raises(InputError, match=words):
+        make(tmp_path)
+
+
+CALLS = {
+    "a file's name for prompts": (
+        lambda t: t.train("data/prompts.jsonl", lengths, steps=1),
+        "prompts is 'data/prompts.jsonl'; expected a list",
+    ),
+    "a prompt without words": (
+        lambda t: t.train([*PROMPTS[:9], ""], lengths, steps=1),
+        r"prompts\[9\] is '', which has no tokens",
+    ),
+    "a prompt that is none": (lambda t: t.train([*PROMPTS[:3], {"prompt": "t5"}], lengths), r"prompts\[3\] is"),
+    "half a character": (lambda t: t.train([*PROMPTS[:3], "\ud800"], lengths), r"prompts\[3\] is"),
+    "half a step": (lambda t: t.train(PROMPTS, lengths, steps=2.5), "steps is 2.5; expected None or a whole number"),
+    "no reward": (lambda t: t.train(PROMPTS, None), "reward_fn is None"),
+    "on_step that is none": (lambda t: t.train(PROMPTS, lengths, on_step=5), "on_step is 5"),
+    "a reward that is no number": (
+        lambda t: t.train(PROMPTS, lambda p, r: ["good"] * len(r), steps=1),
+        r"scores\[0\] is 'good'",
+    ),
+    "a reward that is NaN": (lambda t: t.train(PROMPTS, lambda p, r: [float("nan")] * len(r), steps=1), r"scores\[0\] is nan"),
+    "texts for ids": (lambda t: t.generate(["t5 t6"]), "query 0 is 't5 t6'; expected a 1-D LongTensor"),
+    "no queries": (lambda t: t.generate([]), "no query"),
+    "no tokens": (lambda t: t.generate(tiny.batch()[0], max_new_tokens=0), "max_new_tokens is 0"),
+    "a batch of none": (lambda t: t.generate(tiny.batch()[0], batch_size=-1), "batch_size is -1"),
+    "a score that is missing": (lambda t: t.step(*tiny.batch()[:2], [1.0, 2.0, 3.0, None]), r"scores\[3\] is None"),
+    "a complex score": (lambda t: t.step(*tiny.batch()[:2], [1 + 2j] * 4), "a complex number"),
+    "no scores": (lambda t: t.step(*tiny.batch()[:2], None), "scores is None; expected a list"),
+    "scores by row": (lambda t: t.step(*tiny.batch()[:2], dict.fromkeys(range(4), 1.0)), "scores is {0: 1.0"),
+    "an evaluation with one reward": (lambda t: evaluate(t, PROMPTS[:3], lambda p, r: [1.0]), r"gave \[1.0\] for 6 answers"),
+}
+
+
+@pytest.mark.parametrize("call, words", CALLS.values(), ids=CALLS)
+def test_calls_that_cannot_be_meant_change_nothing(call, words):
+    trainer = tiny.trainer(with_lora(llama(), b_scale=0.1))
+    trainer.step(*tiny.batch())
+    before = {name: thing.clone() if isinstance(thing, torch.Tensor) else thing for name, thing in state(trainer).items()}
+    drawn = trainer.generator.get_state()
+    with pytest.raises(InputError, match=words):
+        call(trainer)
+    assert same(state(trainer), before) and torch.equal(trainer.generator.get_state(), drawn) and len(trainer.history) == 1
+
+
+def test_numbers_of_numpy_are_numbers():
+    trainer = tiny.trainer()
+    assert len(trainer.train((p for p in PROMPTS), lambda p, r: np.float32(lengths(p, r)), steps=np.int64(1))) == 1
+    assert len(trainer.generate(tiny.batch()[0], max_new_tokens=np.int64(2))) == 4
+
+
+def test_log_probs_of_the_same_words_after_another_query_are_not_taken():
+    """`generate` notes how a response was drawn, and a step that trusts the sampler takes its log-probs from there."""
+    trainer = tiny.trainer(with_lora(llama(), b_scale=0.2))
+    queries, _, scores = tiny.batch()
+    longer = [torch.cat([torch.tensor([40, 41, 42, 43]), query]) for query in queries]
+    responses = trainer.generate(longer)
+    trainer.sampler_is_exact = True
+    assert trainer.inspect(queries, responses).sampler_logprobs is None
+    assert trainer.inspect(longer, responses).sampler_logprobs is not None
+
+
+def test_a_run_whose_reward_failed_goes_on_as_if_it_had_not():
+    runs = []
+    for fails in (False, True):
+        trainer = tiny.trainer(with_lora(llama(), b_scale=0.1))
+        if fails:
+            with pytest.raises(RuntimeError):
+                trainer.train(PROMPTS, lambda p, r: (_ for _ in ()).throw(RuntimeError("no network")), steps=1)
+        trainer.train(PROMPTS, lengths, steps=2)
+        runs.append(state(trainer))
+    assert same(*runs)
+
+
+def test_what_resume_would_refuse_does_not_take_the_place_of_what_it_takes(tmp_path):
+    trainer = tiny.trainer(with_lora(llama(), b_scale=0.1))
+    trainer.step(*tiny.batch())
+    trainer.save(tmp_path / "run")
+    with pytest.raises(InputError, match="extra is .*; expected a dict"):
+        trainer.save(tmp_path / "run", extra=["best so far"])
+    with torch.no_grad():
+        trainer.parameters[0].view(-1)[0] = float("nan")
+    with pytest.raises(InputError, match="not saved: .* not finite"):
+        trainer.save(tmp_path / "run")
+    tiny.trainer(with_lora(llama(), b_scale=0.1)).resume(tmp_path / "run")
+
+
+def test_a_copy_that_somebody_made_of_a_checkpoint_stays(tmp_path):
+    trainer = tiny.trainer()
+    trainer.save(tmp_path / "run")
+    for name in ("run.old", "run.bak"):
+        shutil.copytree(tmp_path / "run", tmp_path / name)
+    trainer.step(*tiny.batch())
+    trainer.save(tmp_path / "run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run.bak", "run.old"]
+    assert (tmp_path / "run.old" / "trainer.json").read_text() != (tmp_path / "run" / "trainer.json").read_text()
+
+
+def test_adapters_of_another_strength_are_not_resumed(tmp_path):
+    with_alpha = lambda alpha: tiny.trainer(
+        get_peft_model(llama(), LoraConfig(r=4, lora_alpha=alpha, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    )
+    with_alpha(8).save(tmp_path / "run")
+    with pytest.raises(InputError, match="adapters with lora_alpha 8, the model's have 64"):
+        with_alpha(64).resume(tmp_path / "run")
+
+
+def test_groups_that_mix_prompts_are_no_groups():
+    plain = tiny.trainer(num_generations=2)
+    trainer = PPOTrainer(config=plain.config, model=plain.model, tokenizer=plain.tokenizer, advantages=advantages.group_mean)
+    queries, responses, scores = tiny.batch()
+    with pytest.raises(InputError, match="responses 0 to 1 are to different prompts"):
+        trainer.step(queries, responses, scores)
+    with pytest.raises(InputError, match="3 responses; expected a multiple of num_generations = 2"):
+        trainer.inspect(queries[:3], responses[:3])
+
+
+def test_a_conversation_that_the_assistant_begins_keeps_its_turns_or_is_refused():
+    chat = [{"role": "assistant", "content": "Hi! How can I help?"}, {"role": "user", "content": "Is tea good?"}]
+    (prompt,) = load_prompts([{"prompt": chat}])
+    assert turns(prompt) == chat
+    with pytest.raises(InputError, match="the chat template refuses it"):
+        models.encode_prompt(tiny.mistral_tokenizer(["a b"] * 5, 400), prompt)
