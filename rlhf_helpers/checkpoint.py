@@ -155,6 +155,8 @@ def _check_adapters(folder, lm):
     """Their shapes alone would fit adapters of another strength, too."""
     here = getattr(lm, "active_peft_config", None)
     there = read_json(folder / "adapter_config.json") if here else {}
+    if not isinstance(there, dict):
+        raise InputError(f"{folder / 'adapter_config.json'}: a {type(there).__name__}; expected an object")
     for name in ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora"):
         if name in there and there[name] != getattr(here, name, None):
             raise InputError(
