@@ -43,15 +43,14 @@ def by_prompt(rollout, config):
     """The returns of the batch, (prompts, num_generations)."""
     if config.num_generations < 2:
         raise InputError(f"PPOConfig.num_generations is {config.num_generations}; expected at least 2 responses to compare")
-    if len(rollout.rewards) % config.num_generations:
-        raise InputError(f"{len(rollout.rewards)} responses; expected a multiple of num_generations = {config.num_generations}")
-    groups = list(zip(*[iter(getattr(rollout, "prompts", None) or [])] * config.num_generations))
-    for number, group in enumerate(groups):
-        if len(set(group)) > 1:
-            raise InputError(
-                f"responses {number * len(group)} to {(number + 1) * len(group) - 1} are to different prompts; expected one prompt a group"
-            )
-    return rollout.rewards.sum(1).view(-1, config.num_generations)
+    size = config.num_generations
+    if len(rollout.rewards) % size:
+        raise InputError(f"{len(rollout.rewards)} responses; expected a multiple of num_generations = {size}")
+    prompts = getattr(rollout, "prompts", None) or []
+    for start in range(0, len(prompts), size):
+        if len(set(prompts[start : start + size])) > 1:
+            raise InputError(f"responses {start} to {start + size - 1} are to different prompts; expected one prompt a group")
+    return rollout.rewards.sum(1).view(-1, size)
 
 
 def of_responses(rollout, advantages, total):

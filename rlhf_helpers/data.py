@@ -141,11 +141,16 @@ def _need(where, record, names, required):
             raise InputError(f"{where}: no field {name!r}; expected {_names(required)}")
 
 
+def is_whole_unicode(text):
+    """Whether a str has no half of a surrogate pair, which JSON can hold and no tokenizer takes."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def _string(where, name, value, expected="a string", empty=False):
     """`value`, which must be text, and some unless it may be `empty`."""
     if not isinstance(value, str):
         raise InputError(f"{where}: field {name!r} is {shown(value)}; expected {expected}")
-    if any("\ud800" <= letter <= "\udfff" for letter in value):
+    if not is_whole_unicode(value):
         raise InputError(f"{where}: field {name!r} has half of a surrogate pair; expected text")
     if not empty and not value.strip():
         raise InputError(f"{where}: field {name!r} is empty; expected some text")

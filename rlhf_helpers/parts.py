@@ -2,7 +2,6 @@
 
 import copy
 import math
-import numbers
 import warnings
 
 import torch
@@ -10,11 +9,13 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
 from rlhf_helpers.config import project_root
+from rlhf_helpers.data import is_whole_unicode
 from rlhf_helpers.errors import InputError
 from rlhf_helpers.files import shown
 from rlhf_helpers.machine import device_and_dtype
 from rlhf_helpers.models import PolicyWithValueHead, encode_prompt, is_4bit
 from rlhf_helpers.quirks import give_back_large_blocks
+from rlhf_helpers.sampling import check_whole
 from rlhf_helpers.shard import refuse_accelerate_fsdp
 
 
@@ -49,13 +50,15 @@ def check_parts(model, ref_model, tokenizer, advantages=None):
     learns = {id(p) for p in model.pretrained_model.parameters() if p.requires_grad}
     if not learns:
         raise InputError(
-            "no weight of the policy would learn: all are frozen; expected adapters with gradients (PeftModel.from_pretrained needs is_trainable=True)"
+            "no weight of the policy would learn: all are frozen; expected adapters with gradients (PeftModel.from_pretrained "
+            "needs is_trainable=True)"
         )
     if ref_model is None:
         return
     if bare(ref_model) is model.pretrained_model or learns & {id(p) for p in bare(ref_model).parameters()}:
         raise InputError(
-            "ref_model is the policy itself, or shares weights with it that learn (PEFT puts adapters into the model that it is given); expected None (its adapters switched off) or another model"
+            "ref_model is the policy itself, or shares weights with it that learn (PEFT puts adapters into the model that it is "
+            "given); expected None (its adapters switched off) or another model"
         )
     if bare(ref_model).config.get_text_config().vocab_size < vocabulary:
         raise InputError(f"ref_model has fewer token ids than the policy; expected at least {vocabulary}")
@@ -63,9 +66,8 @@ def check_parts(model, ref_model, tokenizer, advantages=None):
 
 def check_loop(steps, reward_fn, on_step):
     """Raises InputError for what `PPOTrainer.train` cannot go on with."""
-    whole = isinstance(steps, numbers.Integral) and not isinstance(steps, bool)
-    if steps is not None and not (whole and steps >= 0):
-        raise InputError(f"train: steps is {shown(steps)}; expected None or a whole number from 0")
+    if steps is not None:
+        check_whole("train", 0, steps=steps)
     for name, function in (("reward_fn", reward_fn), ("on_step", on_step)):
         if not callable(function) and (name == "reward_fn" or function is not None):
             raise InputError(f"train: {name} is {shown(function)}; expected a function")
@@ -118,7 +120,7 @@ def encode_prompts(tokenizer, prompts, room, system=None):
         raise InputError(f"prompts is {shown(prompts)}; expected a list of texts")
     prompts = list(prompts)
     for row, prompt in enumerate(prompts):
-        if not isinstance(prompt, str) or not prompt.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        if not isinstance(prompt, str) or not is_whole_unicode(prompt):
             raise InputError(f"prompts[{row}] is {shown(prompt)}; expected some text")
     queries = [encode_prompt(tokenizer, prompt, system) for prompt in prompts]
     for row, query in enumerate(queries):

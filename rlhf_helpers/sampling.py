@@ -44,11 +44,11 @@ def checked_options(own_temperature, temperature, greedy, eos_token_id, pad_toke
     return temperature, greedy, end_ids(eos_token_id), pad_token_id
 
 
-def check_whole(**sizes):
-    """Raises InputError, by its name, for what is no whole number from 1."""
+def check_whole(call, least, **sizes):
+    """Raises InputError, by its name, for an argument of `call` that is no whole number from `least`."""
     for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-            raise InputError(f"generate: {name} is {value!r:.80}; expected a whole number from 1")
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+            raise InputError(f"{call}: {name} is {value!r:.80}; expected a whole number from {least}")
 
 
 def end_ids(eos_id):
@@ -127,11 +127,8 @@ def digest(parameters):
 def how_drawn(queries, responses, temperature, weights):
     """The Drawn of every response, or None where it is missing or no longer true."""
     notes = [getattr(response, "drawn", None) for response in responses]
-    same = lambda a, b: torch.equal(a.cpu(), torch.as_tensor(b).cpu())
-
-    def true(note, query, ids):
-        return note.temperature == temperature and note.weights == weights and same(note.ids, ids) and same(note.query, query)
-
+    alike = lambda note: note.temperature == temperature and note.weights == weights
+    true = lambda note, query, ids: alike(note) and torch.equal(note.query, query) and torch.equal(note.ids, ids.cpu())
     rows = zip(notes, queries, responses)
     return [note if note is not None and true(note, query, ids) else None for note, query, ids in rows]
 

@@ -65,7 +65,7 @@ class PPOTrainer:
         queries = checked_ids("query", queries, self.model.config.get_text_config().vocab_size)
         size = len(queries) if batch_size is None else batch_size
         length = self.config.max_new_tokens if max_new_tokens is None else max_new_tokens
-        check_whole(batch_size=size, max_new_tokens=length)
+        check_whole("generate", 1, batch_size=size, max_new_tokens=length)
         responses, weights = [], None if reference else digest(self.parameters)
         with reader_of(self.model, reference and (self.ref_model or True), self.unpacked) as (lm, reader):
             for rows in (queries[start : start + size] for start in range(0, len(queries), size)):
@@ -82,9 +82,9 @@ class PPOTrainer:
     # ------------------------------------------------------------ train
 
     def train(self, prompts, reward_fn, steps=None, on_step=None):
-        """`steps` more PPO steps (by default what one pass takes with a response a prompt), fewer if the KL budget is spent. `reward_fn(prompts,
-        responses)` takes two lists of str and returns a number for each; `on_step(trainer, stats)` is called after every
-        step. Returns the history. Ctrl-C, or a notebook's stop button, is heard after a whole step (`interrupts.Interrupted`);
+        """`steps` more PPO steps (by default what one pass takes with a response a prompt), fewer if the KL budget is spent.
+        `reward_fn(prompts, responses)` takes two lists of str and returns a number for each; `on_step(trainer, stats)` is called
+        after every step. Returns the history. Ctrl-C, or a notebook's stop button, is heard after a whole step (`interrupts.Interrupted`);
         the next call goes on from there."""
         check_loop(steps, reward_fn, on_step)
         prompts, queries = self.encode(prompts)

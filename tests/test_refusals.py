@@ -76,7 +76,7 @@ CALLS = {
     ),
     "a prompt that is none": (lambda t: t.train([*PROMPTS[:3], {"prompt": "t5"}], lengths), r"prompts\[3\] is"),
     "half a character": (lambda t: t.train([*PROMPTS[:3], "\ud800"], lengths), r"prompts\[3\] is"),
-    "half a step": (lambda t: t.train(PROMPTS, lengths, steps=2.5), "steps is 2.5; expected None or a whole number"),
+    "half a step": (lambda t: t.train(PROMPTS, lengths, steps=2.5), "steps is 2.5; expected a whole number from 0"),
     "no reward": (lambda t: t.train(PROMPTS, None), "reward_fn is None"),
     "on_step that is none": (lambda t: t.train(PROMPTS, lengths, on_step=5), "on_step is 5"),
     "a reward that is no number": (

@@ -19,6 +19,7 @@ from pathlib import Path
 from rlhf_helpers.config import PROFILES, profile_named, project_root
 from rlhf_helpers.data import load_prompts, save_jsonl, turns
 from rlhf_helpers.errors import InputError
+from rlhf_helpers.files import read_json
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -107,14 +108,15 @@ def command(keys):
 
 
 def hand_over(folder, profile, checkpoint=None, cards=1):
-    """Write everything into `folder`. Raises InputError, having written nothing, if the checkpoint has no adapters, or another model's."""
+    """Write everything into `folder`. Raises InputError, having written nothing, without adapters in the checkpoint, or
+    with another model's."""
     from rlhf_helpers.models import resolve
 
     for name in ADAPTER if checkpoint else ():
         if not (Path(checkpoint) / name).is_file():
             raise InputError(f"{checkpoint}: no {name}; expected a folder made by PPOTrainer.save, or by PEFT")
     if checkpoint:
-        base = json.loads((Path(checkpoint) / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        base = read_json(Path(checkpoint) / "adapter_config.json").get("base_model_name_or_path")
         if base and Path(base).name != Path(profile.model).name:
             raise InputError(f"{checkpoint}: adapters of {base}; expected those of profile {profile.name}, {profile.model}")
     folder, root = Path(folder).resolve(), project_root()

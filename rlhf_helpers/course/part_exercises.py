@@ -78,8 +78,7 @@ def check_advantages(answer):
 
     everywhere = lambda x, mask: ppo.whiten(x, torch.ones_like(mask))
     on_mask = lambda x, mask: torch.where(mask, everywhere(x, mask), 0.0)
-    n = lambda mask: mask.sum()
-    population = lambda x, mask: ppo.whiten(x, mask) * torch.sqrt(n(mask) / (n(mask) - 1))
+    population = lambda x, mask: ppo.whiten(x, mask) * torch.rsqrt(1 - 1 / mask.sum())
     right = made()
     hints = [
         (made(whiten=population), "the deviation over n - 1, as torch's std takes it"),
