@@ -4,9 +4,11 @@ import tempfile
 
 import torch
 
+from rlhf_helpers.errors import InputError
 from rlhf_helpers.machine import device_and_dtype
 from rlhf_helpers.models import encode_prompt
 from rlhf_helpers.pairwise import ShowProgress
+from rlhf_helpers.sampling import check_whole
 from rlhf_helpers.trl_bridge import own_adapters, quiet, train_quietly, trl_part
 
 
@@ -28,7 +30,12 @@ def train_with_dpo(
     policy, tokenizer, rows, beta, learning_rate=5e-4, epochs=1, batch_size=16, mini_batch_size=8, seed=0, steps=-1
 ):
     """TRL's DPOTrainer (Rafailov et al. 2023, arXiv:2305.18290) on the adapters of `policy`, in place; `rows` from `dpo_rows`, `beta`
-    the price of KL that DPO's own reward has. Returns the history: a list of dicts with step, loss, accuracy and margin."""
+    the price of KL that DPO's own reward has. Returns the history: a list of dicts with step, loss, accuracy and margin. Raises
+    InputError, before anything is made, for sizes that do not fit each other or the rows."""
+    check_whole("train_with_dpo", 1, batch_size=batch_size, mini_batch_size=mini_batch_size)
+    if batch_size % mini_batch_size or batch_size > len(rows):
+        sizes = f"batch_size {batch_size}, mini_batch_size {mini_batch_size} and {len(rows)} pairs"
+        raise InputError(f"train_with_dpo: {sizes}; expected a batch of whole minibatches, no larger than the pairs")
     from datasets import Dataset
 
     trainer_class = trl_part("DPOTrainer")

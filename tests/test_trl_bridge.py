@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf_helpers import advantages, dpo, trl_bridge
 from rlhf_helpers.config import CPU, PPOConfig
+from rlhf_helpers.errors import InputError
 from rlhf_helpers.models import PolicyWithValueHead
 from rlhf_helpers.reward import RewardModel, pair_accuracy
 from rlhf_helpers.sampling import pad_left
@@ -265,6 +266,15 @@ def test_dpo_moves_the_adapters_in_fp32_and_prefers_the_chosen(nf4):
     adapters = {name: p for name, p in lm.named_parameters() if "lora_" in name}
     assert all(p.dtype == torch.float32 for p in adapters.values())
     assert all(p.any() for name, p in adapters.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("batch_size, mini_batch_size", [(4, 8), (6, 4), (12, 4), (0, 1), (8, 2.0)])
+def test_dpo_refuses_sizes_that_do_not_fit(nf4, batch_size, mini_batch_size):
+    policy = PolicyWithValueHead(nf4())
+    before = {name: p.clone() for name, p in policy.named_parameters() if p.requires_grad}
+    with pytest.raises(InputError, match="train_with_dpo: .*batch_size .*expected a (batch of whole|whole number)"):
+        dpo.train_with_dpo(policy, tiny.tokenizer(), [{}] * 8, 0.1, batch_size=batch_size, mini_batch_size=mini_batch_size)
+    assert all(torch.equal(p, before[name]) for name, p in policy.named_parameters() if p.requires_grad)
 
 
 @needs_trl
