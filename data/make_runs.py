@@ -15,7 +15,7 @@ cores). Seconds in the logs are then those of half a machine.
 A log (rlhf_helpers/course/runs.py reads it) has the settings, every step's stats, prompts, texts and scores, and the texts of the
 last evaluation, so that another rule can be applied to a run later. Recipes are compared on the dev prompts with seeds from 100;
 the frozen recipe, and what is compared with it, ends with the test prompts, on which nothing is chosen. `reward_model` in a log's
-head tells which reward model a run was trained on, `judge` in its last line which one scored its last evaluation."""
+head (not in the earlier ones) tells which reward model a run was trained on, `judge` in its last line which one scored its last evaluation."""
 
 import argparse
 import math

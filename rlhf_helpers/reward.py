@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from rlhf_helpers.config import DATA_FILE, HELDOUT_FILE, course_file, project_root
 from rlhf_helpers.data import load_preferences, load_prompts
@@ -25,6 +26,8 @@ from rlhf_helpers.files import (
 )
 from rlhf_helpers.intervals import mean_interval
 from rlhf_helpers.machine import device_and_dtype
+
+transformers_logging.disable_progress_bar()  # as in models.py: a bar a load
 
 FORMAT_FILE = "reward_format.json"
 # How prompt and response become one input. "pair": the tokenizer's own sentence pair, [CLS] prompt [SEP] response [SEP].

@@ -117,16 +117,21 @@ def test_only_the_last_evaluation_of_an_experiment_opens_the_test_prompts():
     """Recipes that were tuned on them would be judged by what they were tuned on."""
     may = {
         "data/make_preferences.py",  # samples base answers to them, for the pairs that judge the reward model
+        "data/make_runs.py",  # the last evaluation of a run
         "rlhf_helpers/config.py",  # names the file
         "rlhf_helpers/course/runs.py",  # names it for the last evaluation of a run, and for reading what was written
+        "tools/reward_on_test_pairs.py",  # prints how the reward model ranks those pairs
+        "notebooks/06_trl_and_scaling.ipynb",  # names a file of pairs in braces: the training and the dev ones
+        "tests/test_experiments.py",  # counts what the logs have
         "tests/test_capstone.py",  # sees that a learner labels none of them
         "tests/test_compare.py",  # writes two prompts of its own under this name, in a folder of its own
         "tests/test_gold.py",
+        "tests/test_reward.py",  # asks the same as that tool
         "tests/test_setup.py",
     }
     files = [file for end in ("py", "ipynb", "md") for file in ROOT.rglob(f"*.{end}")]
     files = [file for file in files if not {".venv", "output", "build"} & set(file.relative_to(ROOT).parts)]
-    names = re.compile(r"prompts_test|TEST_FILE|prompts_\{split\}")
+    names = re.compile(r"prompts_test|TEST_FILE|prompts_\{|\bSPLITS\b|pairwise_prefs_(?:test|\{)")
     opened = {str(file.relative_to(ROOT)) for file in files if names.search(file.read_text(encoding="utf-8"))}
     assert {file for file in opened if not file.endswith(".md")} <= may
 

@@ -13,10 +13,22 @@ import matplotlib
 import numpy as np
 
 from rlhf_helpers.course import compare, run_figures
-from rlhf_helpers.course.compare import SIZES, base, by_condition, drawn_until_whole, gain, net, plane, signed, spread
+from rlhf_helpers.course.compare import (
+    SIZES,
+    base,
+    by_condition,
+    drawn_until_whole,
+    gain,
+    net,
+    plane,
+    signed,
+    spread,
+    verdict,
+)
 from rlhf_helpers.course.experiments import EXPERIMENTS, missing
-from rlhf_helpers.course.gold import gold_parts, is_whole
+from rlhf_helpers.course.gold import gold_parts, gold_reward, is_whole
 from rlhf_helpers.course.runs import logs_of
+from rlhf_helpers.data import read_jsonl
 from rlhf_helpers.evaluation import chosen_of
 from rlhf_helpers.intervals import mean_interval, two_level_interval
 
@@ -155,6 +167,20 @@ PARTS = dict(
 )
 
 
+def read_pairs():
+    """The ten pairs of the second draw that were read first, with what the reader and the annotator's rule prefer."""
+    rows = []
+    for pair in read_jsonl(HERE.parent / "data" / "read_pairs.jsonl", ("prompt", "first", "second", "reader"))[:10]:
+        texts = [pair[side] for side in ("first", "second")]
+        gold = [gold_reward(pair["prompt"], text) for text in texts]
+        prefers = "first" if gold[0] > gold[1] else "second"
+        cells = [" ".join(text.split()).replace("|", "\\|") for text in (pair["prompt"], *texts)]
+        rows.append(
+            [*cells, pair["reader"], prefers if prefers == pair["reader"] else f"**{prefers}**", "{:.1f}, {:.1f}".format(*gold)]
+        )
+    return table(["prompt", "first", "second", "the reader", "the rule", "gold"], rows)
+
+
 def samples():
     """First answers to three test prompts, before and after (seed 0): those where the gain in reward is at its quartiles."""
     before, after = base("test"), next(iter(logs_of("headline")), None)
@@ -175,7 +201,23 @@ def samples():
 def compared(experiment):
     """An experiment of several conditions: means over its seeds, and the gain's interval over seeds and prompts."""
     found = compare.rows(experiment)
-    return table(compare.COLUMNS, found) if found else NONE_YET
+    return "\n\n".join([table(compare.COLUMNS, found), *at_what_cost(experiment)]) if found else NONE_YET
+
+
+def at_what_cost(experiment):
+    """[a table] of the KL of each condition with several seeds, and of its gain by PPO's own objective at the headline's price."""
+    headline = {log.head["seed"]: log for log in logs_of("headline")}
+    rows = []
+    for condition, logs in by_condition(experiment).items():
+        pairs = [(log, headline[log.head["seed"]]) for log in logs if log.head["seed"] in headline]
+        if len(logs) > 1 and pairs:
+            price = pairs[0][1].head["config"]["init_kl_coef"]
+            kl, worth = (lambda log: log.by_prompt(log.after["kl"]).mean(1)), (lambda log: net(log, price))
+            apart = [verdict(np.stack([of(log) - of(frozen) for log, frozen in pairs])) for of in (kl, worth)]
+            rows.append([condition, apart[0], spread(two_level_interval(np.stack(list(map(worth, logs))))), apart[1]])
+    against = "against the frozen recipe, same seeds"
+    head = ["condition", f"KL {against}", f"reward less {price:g} a nat, gained", f"the same, {against}"] if rows else []
+    return [table(head, rows)] if rows else []
 
 
 # ---------------------------------------------------------------- figures
@@ -186,7 +228,7 @@ def with_figure(experiment, text):
     if text == NONE_YET:
         return text
     alt = {
-        "counting": "Score and gold over the steps, a line a run: without a price the score climbs to 10 and more, and the gold falls to 0"
+        "counting": "Score and gold over the steps, a line a run: without a price the score climbs to 9 and more, and the gold falls to 0"
     }.get(
         experiment,
         f"Gold over the square root of KL: the runs of {experiment} as dots, best of n of the untrained model as a line",
@@ -224,6 +266,7 @@ BLOCKS = dict(
     recipes_on_a_card=lambda: recipes("recipes_on_a_card"),
     headline=headline,
     parts=parts,
+    read_pairs=read_pairs,
     samples=samples,
     still_to_make=still_to_make,
 )
