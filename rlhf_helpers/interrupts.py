@@ -5,12 +5,17 @@ import signal
 import threading
 
 
-class Interrupted(KeyboardInterrupt):
-    """Somebody asked to stop. `signum` says how: SIGINT (Ctrl-C, a notebook's stop button) or SIGTERM."""
+class AtOnce(KeyboardInterrupt):
+    """A signal ended what ran, wherever that was: what is half done is not to be kept. `signum` says which, SIGINT (Ctrl-C, a
+    notebook's stop button) or SIGTERM."""
 
     def __init__(self, signum):
         super().__init__(f"stopped by {signal.Signals(signum).name}")
         self.signum = signum
+
+
+class Interrupted(AtOnce):
+    """Somebody asked to stop, and the step is whole: it can be saved."""
 
 
 class Asked:
@@ -26,7 +31,7 @@ class Asked:
 
 def stop(signum, frame):
     """A handler that ends what runs at once, as Python's own does on SIGINT."""
-    raise Interrupted(signum)
+    raise AtOnce(signum)
 
 
 @contextlib.contextmanager

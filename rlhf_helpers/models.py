@@ -286,6 +286,14 @@ class PolicyWithValueHead(nn.Module):
         """A context in which the model is its own reference. The adapters come back after an exception, too."""
         return self.pretrained_model.disable_adapter() if self.has_adapters else contextlib.nullcontext()
 
+    def adapters_are_off(self):
+        """Whether some adapters are switched off now, as inside `adapters_off`."""
+        return any(getattr(module, "disable_adapters", False) is True for module in self.pretrained_model.modules())
+
+    def adapters_merged(self):
+        """Whether some adapters are part of the weights now, as after PEFT's `merge_adapter`."""
+        return any(getattr(module, "merged", False) is True for module in self.pretrained_model.modules())
+
     def enable_gradient_checkpointing(self):
         """Trade time for memory: keep one activation per layer and compute the others again in backward."""
         lm = self.pretrained_model

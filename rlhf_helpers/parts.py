@@ -1,5 +1,6 @@
 """What a trainer is made of, checked and prepared: the policy, its reference, Adam, processes; and which prompts a step takes."""
 
+import contextlib
 import copy
 import math
 import warnings
@@ -15,7 +16,7 @@ from rlhf_helpers.files import shown
 from rlhf_helpers.machine import device_and_dtype
 from rlhf_helpers.models import PolicyWithValueHead, encode_prompt, is_4bit
 from rlhf_helpers.quirks import give_back_large_blocks
-from rlhf_helpers.sampling import check_whole
+from rlhf_helpers.sampling import check_whole, digest
 from rlhf_helpers.shard import refuse_accelerate_fsdp
 
 
@@ -151,3 +152,18 @@ def rows_of(batch, size, n, seed, repeats=1):
         shuffle = torch.Generator().manual_seed(1_000_003 * (seed + 1) + place // n)
         rows.append(torch.randperm(n, generator=shuffle)[place % n].item())
     return rows
+
+
+@contextlib.contextmanager
+def told_if_half(parameters, step):
+    """Where what is inside ends with an error after weights have moved, a warning: half a step cannot be taken back."""
+    before = digest(parameters)
+    try:
+        yield
+    except BaseException:
+        if digest(parameters) != before:
+            warnings.warn(
+                f"step {step} ended inside, and a part of it is in the weights; begin anew, or go on from a saved checkpoint",
+                stacklevel=2,
+            )
+        raise

@@ -189,8 +189,8 @@ def reader_of(model, reference=None, unpacked=None):
         return
     lm = model.pretrained_model
     with model.without_dropout(), model.adapters_off() if reference else contextlib.nullcontext():
-        if unpacked:
-            yield lm, functools.partial(fast.Reader, unpacked, not reference)
+        if unpacked and not model.adapters_merged():
+            yield lm, functools.partial(fast.Reader, unpacked, not model.adapters_are_off())
         else:
             # Beyond a sliding window the plain way is taken: a mask that is given whole does not know it.
             window = getattr(lm.config.get_text_config(), "sliding_window", None) or math.inf

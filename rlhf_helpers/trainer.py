@@ -13,7 +13,17 @@ from rlhf_helpers import fast, ppo, progress
 from rlhf_helpers.checkpoint import load_checkpoint, save_checkpoint
 from rlhf_helpers.interrupts import finishing
 from rlhf_helpers.models import eos_ids, response_logits
-from rlhf_helpers.parts import adam, check_loop, check_parts, encode_prompts, processes, reference_of, room_for_prompts, rows_of
+from rlhf_helpers.parts import (
+    adam,
+    check_loop,
+    check_parts,
+    encode_prompts,
+    processes,
+    reference_of,
+    room_for_prompts,
+    rows_of,
+    told_if_half,
+)
 from rlhf_helpers.rollout import checked_batch, checked_ids, clipped_scores, collate, fill_rewards, gae_advantages
 from rlhf_helpers.sampling import Drawn, check_whole, checked_options, digest, how_drawn, padded, reader_of, sample
 from rlhf_helpers.shard import everywhere
@@ -66,7 +76,8 @@ class PPOTrainer:
         size = len(queries) if batch_size is None else batch_size
         length = self.config.max_new_tokens if max_new_tokens is None else max_new_tokens
         check_whole("generate", 1, batch_size=size, max_new_tokens=length)
-        responses, weights = [], None if reference else digest(self.parameters)
+        other = reference or self.model.adapters_are_off() or self.model.adapters_merged()
+        responses, weights = [], None if other else digest(self.parameters)
         with reader_of(self.model, reference and (self.ref_model or True), self.unpacked) as (lm, reader):
             for rows in (queries[start : start + size] for start in range(0, len(queries), size)):
                 drawn = sample(lm, rows, length, eos, pad_id, temperature, generator or self.generator, greedy, reader)
@@ -144,7 +155,8 @@ class PPOTrainer:
         clock, config = Clock(), self.config
         skip = self.sampler_is_exact and config.kl_penalty != "full"
         rollout = self.rollout = self._collect(queries, responses, scores, config.batch_size, self.total, clock, prompts, skip)
-        updates = self._optimize(rollout)
+        with told_if_half(self.parameters, self.steps_done + 1):
+            updates = self._optimize(rollout)
         clock.lap("time/ppo/optimize_step")
         stats = step_stats(rollout, updates, self.kl_coef, self.eos_ids, self.total)
         compared = (rollout.first_logprobs, rollout.first_rows) if skip else (rollout.logprobs,)

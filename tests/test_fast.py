@@ -1,6 +1,7 @@
 """On-policy to the last bit: what samples on a CPU has the log-probs of what learns, whatever the adapters, the batch, the
 padding, the minibatches. bf16 is exact; in fp32 a product depends on the number of its rows, by some 1e-7."""
 
+import contextlib
 import copy
 import math
 import os
@@ -363,3 +364,21 @@ def test_nothing_of_the_size_of_the_logits_is_kept_in_fp32():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         fast.token_logprobs(logits, torch.zeros(2, 40, dtype=torch.long), torch.ones(2, 40, dtype=torch.bool))
     assert sum(t.nbytes for t in kept if t.data_ptr() != logits.data_ptr()) < 10 * 2 * 40
+
+
+@onednn
+@pytest.mark.parametrize("how", ["off", "merged"])
+def test_adapters_that_are_off_or_merged_are_so_for_the_fast_sampler_too(nf4, how):
+    trainer = bf16_trainer(nf4(b_scale=0.5))
+    queries, lm = prompts(4), trainer.model.pretrained_model
+    ordinary = trainer.generate(queries, generator=generator())
+    assert trainer.unpacked and all(response.drawn.weights for response in ordinary)
+    if how == "merged":
+        lm.merge_adapter()
+    with trainer.model.adapters_off() if how == "off" else contextlib.nullcontext():
+        fast_way = trainer.generate(queries, generator=generator())
+        trainer.unpacked, kept = None, trainer.unpacked
+        plain_way = trainer.generate(queries, generator=generator())
+        trainer.unpacked = kept
+    assert all(map(torch.equal, fast_way, plain_way)) and not all(map(torch.equal, fast_way, ordinary))
+    assert all(response.drawn.weights is None for response in fast_way + plain_way)

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from rlhf_helpers.interrupts import Interrupted, finishing, terminable
+from rlhf_helpers.interrupts import AtOnce, Interrupted, finishing, terminable
 
 BOTH = (signal.SIGINT, signal.SIGTERM)
 
@@ -39,9 +39,20 @@ def test_the_first_ctrl_c_is_noted_and_the_second_acts_at_once():
 
 
 def test_sigterm_stops_at_once_where_it_is_terminable():
-    with terminable(), pytest.raises(Interrupted) as stopped:
+    with terminable(), pytest.raises(AtOnce) as stopped:
         signal.raise_signal(signal.SIGTERM)
-    assert stopped.value.signum == signal.SIGTERM
+    assert stopped.value.signum == signal.SIGTERM and not isinstance(stopped.value, Interrupted)
+
+
+@pytest.mark.parametrize("signum", BOTH)
+def test_only_what_waited_for_the_end_of_a_step_says_that_it_is_whole(signum):
+    with terminable(), finishing() as asked:
+        signal.raise_signal(signum)
+        with pytest.raises(KeyboardInterrupt) as at_once:
+            signal.raise_signal(signum)
+        with pytest.raises(Interrupted) as whole:
+            asked.check()
+    assert not isinstance(at_once.value, Interrupted) and whole.value.signum == signum
 
 
 def test_a_step_that_is_terminable_is_finished_and_the_first_signal_counts():

@@ -22,6 +22,7 @@ from rlhf_helpers.assets import Asset
 from rlhf_helpers.config import PPO_FIELDS
 from rlhf_helpers.data import read_jsonl, save_jsonl
 from rlhf_helpers.files import write_manifest
+from rlhf_helpers.trainer import PPOTrainer
 from tests import tiny
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(rlhf_helpers.__file__).parent.parent)}
@@ -221,6 +222,33 @@ def test_a_run_that_is_asked_to_stop_finishes_its_step_and_saves_it(signum, stat
     assert [row["step"] for row in history(home / "run")] == [1] and not (home / "run" / "summary.json").exists()
     assert exit_status(start(steps=2)) == 0, "--steps need not agree"
     assert "going on from step 1 of 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_signal_inside_a_step_ends_it_and_half_of_it_is_not_saved(signum, status, home, start, capsys, monkeypatch):
+    epochs, update, calls = ("--ppo_epochs", 3), PPOTrainer._update, []
+
+    def interrupted(trainer, *rows):
+        calls.append(update(trainer, *rows))
+        if trainer.steps_done == 2 and len(calls) == 8:  # three updates a step: the second one of step 3
+            signal.raise_signal(signum)
+            signal.raise_signal(signum)
+        return calls[-1]
+
+    assert exit_status(start(*epochs, steps=4, output="whole")) == 0
+    with (
+        monkeypatch.context() as now,
+        pytest.warns(UserWarning, match="step 3 ended inside, and a part of it is in the weights"),
+    ):
+        now.setattr(PPOTrainer, "_update", interrupted)
+        assert exit_status(start(*epochs, steps=4)) == status
+    out, err = capsys.readouterr()
+    assert "stopped after step" not in out and err.endswith(
+        "stopped; what was saved stays, and the same command goes on from there\n"
+    )
+    assert exit_status(start(*epochs, steps=4)) == 0
+    assert "going on from step 2 of 4 in run" in capsys.readouterr().out
+    assert tiny.same(adapters(home / "run"), adapters(home / "whole")) and numbers(home / "run") == numbers(home / "whole")
 
 
 @pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
