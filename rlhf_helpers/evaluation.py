@@ -1,5 +1,6 @@
 """Held-out evaluation: the same prompts before and after training, each time from the same seed, and what changed."""
 
+import contextlib
 import math
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from rlhf_helpers.errors import InputError
 from rlhf_helpers.files import shown
 from rlhf_helpers.intervals import mean_interval
 from rlhf_helpers.machine import peak_megabytes
+from rlhf_helpers.sampling import check_whole
 from rlhf_helpers.shard import is_sharded
 
 NUMBER = (int, float)
@@ -73,9 +75,11 @@ class Evaluation:
 
 def evaluate(trainer, prompts, reward_fn, samples=2, seed=1234, batch_size=40, reference=False):
     """Sample `samples` responses to each prompt with a fixed seed, and score them; with `reference`, from the reference, whose KL
-    is 0. The trainer is not changed. Several processes share the prompts (some may get none), and all of them get the whole
+    is 0. A prompt that comes twice is asked once. The trainer is not changed. Several processes share the prompts (some may get none), and all of them get the whole
     Evaluation."""
-    prompts, _ = trainer.encode([prompt for prompt in prompts for _ in range(samples)])
+    check_whole("evaluate", 1, samples=samples, batch_size=batch_size)
+    prompts, _ = trainer.encode(prompts)
+    prompts = [prompt for prompt in dict.fromkeys(prompts) for _ in range(samples)]
     with trainer.accelerator.split_between_processes(prompts) as part:
         seed += trainer.accelerator.process_index
         if is_sharded(trainer.model.pretrained_model):  # then all make as many passes: who has a prompt less takes one more
@@ -99,12 +103,18 @@ def evaluate_here(trainer, prompts, reward_fn, seed, batch_size, reference):
             texts += trainer.decode(responses)
             kl += [0.0] * len(batch) if reference else kl_of(trainer.inspect(batch, responses))
             done.update(len(batch))
-    rewards = [float(score) for score in reward_fn(prompts, texts)]
-    if len(rewards) != len(texts) or not np.isfinite(rewards).all():
+    rewards = reward_fn(prompts, texts)
+    with contextlib.suppress(TypeError, ValueError, RuntimeError):
+        rewards = [float(score) for score in rewards]
+    if not isinstance(rewards, list) or len(rewards) != len(texts) or not all(map(is_finite, rewards)):
         raise InputError(
             f"the reward function gave {shown(rewards)} for {len(texts)} answers; expected a finite number for each"
         )
     return list(zip(texts, rewards, map(gold_reward, prompts, texts), kl, strict=True))
+
+
+def is_finite(number):
+    return isinstance(number, float) and math.isfinite(number)
 
 
 def kl_of(rollout):
@@ -175,23 +185,32 @@ def summarize(before, after, history, seconds):
 
 
 def report(summary, samples, output):
-    """The last screen of a run; a number that is None, or that an older summary lacks, is a question mark."""
+    """The last screen of a run, printed whole or not at all; a number that is None, or that an older summary lacks, is a question
+    mark."""
+    print(screen(summary, samples, output))
+
+
+def screen(summary, samples, output):
+    """The lines of `report`, as one text."""
+    lines = []
+    say = lines.append
     shown = lambda value, form="+.2f": "?" if value is None else format(value, form)
     n = lambda name, form="+.2f": shown(summary.get(name), form)
-    print(f"\nheld-out prompts, before -> after {summary['steps']} PPO steps (gain: 95 % interval, bootstrap over prompts)")
+    say(f"\nheld-out prompts, before -> after {summary['steps']} PPO steps (gain: 95 % interval, bootstrap over prompts)")
     for name in ("reward", "gold"):
         low, high = map(shown, summary[f"heldout_{name}_gain_ci95"])
         best = f"best of {n('best_of', 'd')} without training {n(f'best_of_{name}')}"
-        print(f"  {name:7s} {n(f'heldout_{name}_before')} -> {n(f'heldout_{name}_after')}   "
+        say(f"  {name:7s} {n(f'heldout_{name}_before')} -> {n(f'heldout_{name}_after')}   "
               f"gain {n(f'heldout_{name}_gain')} ({low} to {high})   {best}")  # fmt: skip
-    print(f"  whole answers {n('whole_before', '.0%')} -> {n('whole_after', '.0%')}; distinct word pairs "
+    say(f"  whole answers {n('whole_before', '.0%')} -> {n('whole_after', '.0%')}; distinct word pairs "
           f"{n('distinct2_before', '.2f')} -> {n('distinct2_after', '.2f')}; KL {n('mean_kl', '.2f')} nats a response")  # fmt: skip
     apart, largest = n("sampler_kl", ".2g"), n("sampler_max_diff", ".2g")
-    print(f"  sampler and trainer differ by {apart} nats (largest token {largest})")
-    print(f"  {summary['ppo_seconds'] / 60:.1f} minutes of PPO, {summary['seconds'] / 60:.1f} in all, "
+    say(f"  sampler and trainer differ by {apart} nats (largest token {largest})")
+    say(f"  {summary['ppo_seconds'] / 60:.1f} minutes of PPO, {summary['seconds'] / 60:.1f} in all, "
           f"peak memory {n('peak_rss_mb', '.0f')} MB\n")  # fmt: skip
     for sample in samples[:: max(1, len(samples) // 3)][:3]:
-        print(f"{sample['prompt']}\n  before ({shown(sample['reward_before'])}): {' '.join(sample['before'].split())}")
-        print(f"  after  ({shown(sample['reward'])}): {' '.join(sample['response'].split())}\n")
-    print(f"figure  {output / 'curves.png'}\nlog     {output / 'history.jsonl'}")
-    print(f"adapter {output / 'checkpoint'}\nsummary {output / 'summary.json'}")
+        say(f"{sample['prompt']}\n  before ({shown(sample['reward_before'])}): {' '.join(sample['before'].split())}")
+        say(f"  after  ({shown(sample['reward'])}): {' '.join(sample['response'].split())}\n")
+    say(f"figure  {output / 'curves.png'}\nlog     {output / 'history.jsonl'}")
+    say(f"adapter {output / 'checkpoint'}\nsummary {output / 'summary.json'}")
+    return "\n".join(lines)

@@ -2,14 +2,13 @@
 
 import contextlib
 import copy
-import math
 import warnings
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
-from rlhf_helpers.config import project_root
+from rlhf_helpers.config import PPOConfig, project_root
 from rlhf_helpers.data import is_whole_unicode
 from rlhf_helpers.errors import InputError
 from rlhf_helpers.files import shown
@@ -20,10 +19,16 @@ from rlhf_helpers.sampling import check_whole, digest
 from rlhf_helpers.shard import refuse_accelerate_fsdp
 
 
-def check_parts(model, ref_model, tokenizer, advantages=None):
+def check_parts(config, model, ref_model, tokenizer, advantages=None):
     """Raises TypeError or InputError for parts that do not make a trainer."""
+    if not isinstance(config, PPOConfig):
+        raise InputError(f"config is {shown(config)}; expected a PPOConfig")
     if not isinstance(model, PolicyWithValueHead):
         raise TypeError(f"model is a {type(model).__name__}; expected PolicyWithValueHead(your_causal_lm)")
+    if ref_model is not None and not isinstance(ref_model, torch.nn.Module):
+        raise InputError(f"ref_model is {shown(ref_model)}; expected a causal language model, a PolicyWithValueHead, or None")
+    if tokenizer is not None and not hasattr(tokenizer, "pad_token_id"):
+        raise InputError(f"tokenizer is {shown(tokenizer)}; expected a tokenizer (models.load_tokenizer gives one)")
     if advantages is not None and not callable(advantages):
         raise InputError(f"advantages is {shown(advantages)}; expected a function, such as advantages.leave_one_out")
     if tokenizer is None or tokenizer.pad_token_id is None:
@@ -115,11 +120,16 @@ def adam(model, config):
     )
 
 
+def checked_list(name, texts):
+    """The texts as a list. Raises InputError for one text alone, and for what cannot be gone through."""
+    if isinstance(texts, (str, bytes, dict)) or not hasattr(texts, "__iter__"):
+        raise InputError(f"{name} is {shown(texts)}; expected a list of texts")
+    return list(texts)
+
+
 def encode_prompts(tokenizer, prompts, room, system=None):
     """(prompts, queries): those of at most `room` tokens, and their token ids. The others are counted in a warning."""
-    if isinstance(prompts, str):
-        raise InputError(f"prompts is {shown(prompts)}; expected a list of texts")
-    prompts = list(prompts)
+    prompts = checked_list("prompts", prompts)
     for row, prompt in enumerate(prompts):
         if not isinstance(prompt, str) or not is_whole_unicode(prompt):
             raise InputError(f"prompts[{row}] is {shown(prompt)}; expected some text")
@@ -135,11 +145,6 @@ def encode_prompts(tokenizer, prompts, room, system=None):
     if len(kept) < len(prompts):
         warnings.warn(f"skipped {len(prompts) - len(kept)} of {len(prompts)} prompts: longer than {room} tokens", stacklevel=3)
     return [prompt for prompt, _ in kept], [query for _, query in kept]
-
-
-def room_for_prompts(model, config):
-    """Tokens that a prompt may have, so that a response fits behind it."""
-    return (getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf) - config.max_new_tokens
 
 
 def rows_of(batch, size, n, seed, repeats=1):

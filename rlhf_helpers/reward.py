@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from rlhf_helpers import progress
 from rlhf_helpers.config import DATA_FILE, HELDOUT_FILE, course_file, project_root
 from rlhf_helpers.data import load_preferences, load_prompts
 from rlhf_helpers.errors import InputError, MissingInput
@@ -133,26 +134,43 @@ class RewardModel:
         return torch.allclose(logits(["a"]), logits(["a", "a a a a a a"]), rtol=1e-3, atol=1e-4)
 
     @torch.inference_mode()
-    def logits(self, prompts, responses):
-        """What the model itself says, (B, labels), fp32."""
-        size, parts = self.batch_size, []
-        for i in range(0, len(prompts), size):
-            parts.append(self.model(**self.encode(prompts[i : i + size], responses[i : i + size])).logits.float())
+    def logits(self, prompts, responses, show=False):
+        """What the model itself says, (B, labels), fp32. With `show`, a bar says how far it is."""
+        prompts, responses = checked_texts(prompts, responses)
+        size, parts = self.batch_size, [torch.empty(0, self.model.config.num_labels, device=self.model.device)]
+        with progress.bar(len(prompts), "reward model: scoring", "responses", show) as done:
+            for i in range(0, len(prompts), size):
+                parts.append(self.model(**self.encode(prompts[i : i + size], responses[i : i + size])).logits.float())
+                done.update(len(parts[-1]))
         return torch.cat(parts).cpu()
 
-    def raw(self, prompts, responses):
+    def raw(self, prompts, responses, show=False):
         """Scores before standardisation, (B,)."""
-        return score_from_logits(self.logits(prompts, responses))
+        return score_from_logits(self.logits(prompts, responses, show))
 
     def __call__(self, prompts, responses):
         return (self.raw(prompts, responses) - self.mean) / self.std
 
-    def standardise(self, prompts, responses):
+    def standardise(self, prompts, responses, show=False):
         """Take mean and deviation from these samples of the base policy."""
-        raw = self.raw(prompts, responses)
+        raw = self.raw(prompts, responses, show)
         self.mean, self.std = raw.mean().item(), raw.std().item()
         if not self.std > 1e-6:
             raise InputError(f"reward model: deviation {self.std} over {len(raw)} responses; expected scores that differ")
+
+
+def checked_texts(prompts, responses):
+    """Both as lists of str, equally many. Raises InputError that names the place."""
+    given = dict(prompts=prompts, responses=responses)
+    for name, texts in given.items():
+        if isinstance(texts, (str, bytes, dict)) or not hasattr(texts, "__len__"):
+            raise InputError(f"reward model: {name} is {shown(texts)}; expected a list of texts")
+        for row, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise InputError(f"reward model: {name}[{row}] is {shown(text)}; expected some text")
+    if len(prompts) != len(responses):
+        raise InputError(f"reward model: {len(prompts)} prompts and {len(responses)} responses; expected as many")
+    return list(prompts), list(responses)
 
 
 def _checked_format(path):

@@ -7,7 +7,7 @@ import torch
 from rlhf_helpers import ppo
 from rlhf_helpers.errors import InputError
 from rlhf_helpers.files import shown
-from rlhf_helpers.sampling import pad_left
+from rlhf_helpers.sampling import check_room, pad_left
 
 
 @dataclass
@@ -93,10 +93,13 @@ def gae_advantages(rollout, config, total=ppo.alone):
 # ---------------------------------------------------------------- checked input
 
 
-def checked_batch(queries, responses, scores, size, vocabulary, expected=None):
-    """(queries, responses, scores) of one step as lists of `size` CPU LongTensors and one float tensor (B,). Raises InputError that
-    names the row."""
-    for name, given in (("queries", queries), ("responses", responses), ("scores", scores)):
+def checked_batch(queries, responses, scores, size, config, expected=None, prompts=None):
+    """(queries, responses, scores) of one step as lists of `size` CPU LongTensors and one float tensor (B,). `config`: a text model's.
+    Raises InputError that names the row."""
+    all_given = dict(queries=queries, responses=responses, scores=scores) | ({} if prompts is None else dict(prompts=prompts))
+    if size == 0:
+        raise InputError("no responses; expected at least one")
+    for name, given in all_given.items():
         if not hasattr(given, "__len__") or isinstance(given, (str, dict, set)):
             raise InputError(f"step: {name} is {shown(given)}; expected a list, one for each response")
         if len(given) != size:
@@ -104,7 +107,9 @@ def checked_batch(queries, responses, scores, size, vocabulary, expected=None):
     scores = torch.stack([checked_score(row, score) for row, score in enumerate(scores)])
     for row in (~torch.isfinite(scores)).nonzero().flatten().tolist():
         raise InputError(f"step: scores[{row}] is {scores[row].item()}; expected a finite number")
-    return checked_ids("query", queries, vocabulary), checked_ids("response", responses, vocabulary), scores
+    queries, responses = checked_ids("query", queries, config.vocab_size), checked_ids("response", responses, config.vocab_size)
+    check_room(config, queries, map(len, responses))
+    return queries, responses, scores
 
 
 def checked_score(row, score):
@@ -122,6 +127,8 @@ def checked_score(row, score):
 def checked_ids(name, sequences, vocabulary):
     """Token ids as 1-D LongTensors on the CPU. Raises InputError that names the row."""
     checked = []
+    if isinstance(sequences, (str, bytes, dict)) or not hasattr(sequences, "__len__"):
+        raise InputError(f"{name}: {shown(sequences)}; expected a list of 1-D LongTensors of token ids")
     if len(sequences) == 0:
         raise InputError(f"no {name}: expected at least one, a 1-D LongTensor of token ids")
     for row, ids in enumerate(sequences):

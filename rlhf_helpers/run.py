@@ -18,6 +18,7 @@ from rlhf_helpers.files import aside, find_whole, raise_written, read_json, show
 from rlhf_helpers.machine import no_four_bit
 
 WEIGHTS = "weights (by whether bitsandbytes is there)"
+MODEL = "--model (sha256)"
 RESULTS = ("summary.json", "samples.jsonl", "curves.png")
 
 
@@ -56,11 +57,12 @@ def lock(file):
         pass
 
 
-def settings(profile, config, prompts, heldout, reward_folder, processes):
+def settings(profile, config, prompts, heldout, reward_folder, processes, model_folder=""):
     """What must agree when a run goes on, by the option that says it, in the order in which differences are reported."""
     return {
         "--profile": profile.name,
         "--model": str(profile.model),
+        MODEL: digest_of_model(model_folder),
         "--prompts (sha256)": digest_of_texts(prompts),
         "--heldout (sha256)": digest_of_texts(heldout),
         "--reward-model (sha256)": digest_of_folder(reward_folder),
@@ -74,12 +76,28 @@ def digest_of_texts(texts):
 
 
 def digest_of_folder(folder):
-    """Of the names and contents of the files in a folder."""
+    """Of the names and contents of the files in a folder; hidden ones do not count."""
     parts = hashlib.sha256()
-    for path in sorted(path for path in Path(folder).iterdir() if path.is_file()):
+    for path in files_in(find_whole(Path(folder))):
         with open(path, "rb") as file:
             parts.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return parts.hexdigest()[:16]
+
+
+def digest_of_model(folder, most=2**20):
+    """Of the names, sizes and first megabytes of a model's files: all of a large one would take a minute. Weights that were trained
+    further differ everywhere. None for a name on a hub."""
+    if not Path(folder).is_dir():
+        return None
+    parts = hashlib.sha256()
+    for path in files_in(Path(folder)):
+        with open(path, "rb") as file:
+            parts.update(f"{path.name} {path.stat().st_size}".encode() + file.read(most))
+    return parts.hexdigest()[:16]
+
+
+def files_in(folder):
+    return sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
 
 
 def saved_run(output, now, resume=None):
@@ -95,7 +113,7 @@ def saved_run(output, now, resume=None):
     if "settings" not in saved["extra"]:
         raise InputError(f"{folder}: not made by this command; expected {how}")
     check_extra(saved["extra"], find_whole(folder) / "trainer.json")
-    then = {WEIGHTS: "4-bit"} | saved["extra"]["settings"]  # older runs had no others
+    then = {WEIGHTS: "4-bit", MODEL: now.get(MODEL)} | saved["extra"]["settings"]  # older runs had no others, or did not say
     if resume and Path(resume).resolve() != folder.resolve():
         now = {"--resume": str(resume)} | now
     for name, value in now.items():
@@ -134,7 +152,10 @@ def finished(output, saved, steps, config):
 def remove_results(output):
     """The results of an earlier run, or of fewer steps: they say nothing of the one that begins."""
     for name in RESULTS:
-        (output / name).unlink(missing_ok=True)
+        try:
+            (output / name).unlink(missing_ok=True)
+        except OSError as error:  # a folder of that name, or one that is read only
+            raise_written(output / name, error)
 
 
 def write_json(path, content):

@@ -26,10 +26,15 @@ NEUTRAL = {
 }  # fmt: skip
 
 
-def checked_options(own_temperature, temperature, greedy, eos_token_id, pad_token_id, do_sample=True, **options):
+def checked_options(vocabulary, own_temperature, temperature, greedy, eos_token_id, pad_token_id, do_sample=True, **options):
     """(temperature, greedy, the ids that end a response, pad id) of a call to `generate`. Raises InputError for an option that is
     unknown, or that would change the distribution: what is sampled is softmax(logits / own_temperature), whole."""
     temperature, greedy = own_temperature if temperature is None else temperature, greedy or do_sample is False
+    if isinstance(temperature, bool) or not isinstance(temperature, numbers.Real) or not 0 < temperature < math.inf:
+        raise InputError(f"generate: temperature is {temperature!r:.80}; expected a number above 0")
+    check_whole("generate", 0, pad_token_id=pad_token_id)
+    if pad_token_id >= vocabulary:
+        raise InputError(f"generate: pad_token_id is {pad_token_id}; expected 0 to {vocabulary - 1}")
     if not greedy and temperature != own_temperature:
         raise InputError(
             f"generate: temperature {temperature} is not PPOConfig.temperature {own_temperature}, at which log-probs are taken"
@@ -37,9 +42,9 @@ def checked_options(own_temperature, temperature, greedy, eos_token_id, pad_toke
     for name, value in options.items():
         if name not in NEUTRAL:
             raise InputError(f"generate: unknown option {name}={value!r}")
-        if value not in NEUTRAL[name]:
+        if not isinstance(value, (int, float, type(None))) or value not in NEUTRAL[name]:
             raise InputError(
-                f"generate: {name}={value!r} would sample from another distribution than the one that is scored; expected {NEUTRAL[name][0]}"
+                f"generate: {name}={value!r:.80} would sample from another distribution than the one that is scored; expected {NEUTRAL[name][0]}"
             )
     return temperature, greedy, end_ids(eos_token_id), pad_token_id
 
@@ -49,6 +54,21 @@ def check_whole(call, least, **sizes):
     for name, value in sizes.items():
         if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
             raise InputError(f"{call}: {name} is {value!r:.80}; expected a whole number from {least}")
+
+
+def positions_in(config):
+    """Tokens that a prompt and its response may have together, of a text model's config."""
+    return getattr(config, "max_position_embeddings", None) or math.inf
+
+
+def check_room(config, queries, lengths):
+    """Raises InputError for a query with no room behind it for a response of so many tokens."""
+    for row, (query, length) in enumerate(zip(queries, lengths)):
+        if len(query) + length > positions_in(config):
+            raise InputError(
+                f"query {row} has {len(query)} tokens and its response {length}; expected at most {positions_in(config)} "
+                "together, the positions of the model"
+            )
 
 
 def end_ids(eos_id):

@@ -9,23 +9,12 @@ import math
 import numpy as np
 import torch
 
-from rlhf_helpers import fast, ppo, progress
+from rlhf_helpers import fast, parts, ppo, progress, sampling
 from rlhf_helpers.checkpoint import load_checkpoint, save_checkpoint
 from rlhf_helpers.interrupts import finishing
 from rlhf_helpers.models import eos_ids, response_logits
-from rlhf_helpers.parts import (
-    adam,
-    check_loop,
-    check_parts,
-    encode_prompts,
-    processes,
-    reference_of,
-    room_for_prompts,
-    rows_of,
-    told_if_half,
-)
 from rlhf_helpers.rollout import checked_batch, checked_ids, clipped_scores, collate, fill_rewards, gae_advantages
-from rlhf_helpers.sampling import Drawn, check_whole, checked_options, digest, how_drawn, padded, reader_of, sample
+from rlhf_helpers.sampling import Drawn, digest
 from rlhf_helpers.shard import everywhere
 from rlhf_helpers.stats import Clock, minibatch_stats, sampler_stats, step_stats
 
@@ -39,12 +28,12 @@ class PPOTrainer:
     holds the scalar stats of all steps. `permutation`, a function of n, orders the minibatches and may be replaced."""
 
     def __init__(self, config, model, ref_model=None, tokenizer=None, advantages=gae_advantages):
-        check_parts(model, ref_model, tokenizer, advantages)
+        parts.check_parts(config, model, ref_model, tokenizer, advantages)
         self.config, self.tokenizer, self.advantages = config, tokenizer, advantages
-        self.accelerator = processes(config)
+        self.accelerator = parts.processes(config)
         self.device = self.accelerator.device
-        self.ref_model = reference_of(model, ref_model, self.device)
-        self.policy, self.optimizer = self.accelerator.prepare(model, adam(model, config))
+        self.ref_model = parts.reference_of(model, ref_model, self.device)
+        self.policy, self.optimizer = self.accelerator.prepare(model, parts.adam(model, config))
         self.model = self.accelerator.unwrap_model(self.policy)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.eos_ids = eos_ids(self.model.pretrained_model, tokenizer)
@@ -71,16 +60,20 @@ class PPOTrainer:
         The policy's own distribution at the config's temperature is sampled, whole: an option that would change it (top_k,
         top_p, penalties, another temperature) raises InputError. `reference=True` samples from the reference."""
         kwargs = dict(eos_token_id=self.eos_ids, pad_token_id=self.tokenizer.pad_token_id) | kwargs
-        temperature, greedy, eos, pad_id = checked_options(self.config.temperature, temperature, greedy, **kwargs)
-        queries = checked_ids("query", queries, self.model.config.get_text_config().vocab_size)
+        text = self.model.config.get_text_config()
+        temperature, greedy, eos, pad_id = sampling.checked_options(
+            text.vocab_size, self.config.temperature, temperature, greedy, **kwargs
+        )
+        queries = checked_ids("query", queries, text.vocab_size)
         size = len(queries) if batch_size is None else batch_size
         length = self.config.max_new_tokens if max_new_tokens is None else max_new_tokens
-        check_whole("generate", 1, batch_size=size, max_new_tokens=length)
+        sampling.check_whole("generate", 1, batch_size=size, max_new_tokens=length)
+        sampling.check_room(text, queries, [length] * len(queries))
         other = reference or self.model.adapters_are_off() or self.model.adapters_merged()
         responses, weights = [], None if other else digest(self.parameters)
-        with reader_of(self.model, reference and (self.ref_model or True), self.unpacked) as (lm, reader):
+        with sampling.reader_of(self.model, reference and (self.ref_model or True), self.unpacked) as (lm, reader):
             for rows in (queries[start : start + size] for start in range(0, len(queries), size)):
-                drawn = sample(lm, rows, length, eos, pad_id, temperature, generator or self.generator, greedy, reader)
+                drawn = sampling.sample(lm, rows, length, eos, pad_id, temperature, generator or self.generator, greedy, reader)
                 responses += drawn.responses
                 for query, response, logprobs, hidden in zip(rows, drawn.responses, drawn.logprobs, drawn.hidden):
                     response.drawn = Drawn(query, response.clone(), logprobs, hidden, temperature, weights)
@@ -97,7 +90,7 @@ class PPOTrainer:
         `reward_fn(prompts, responses)` takes two lists of str and returns a number for each; `on_step(trainer, stats)` is called
         after every step. Returns the history. Ctrl-C, or a notebook's stop button, is heard after a whole step (`interrupts.Interrupted`);
         the next call goes on from there."""
-        check_loop(steps, reward_fn, on_step)
+        parts.check_loop(steps, reward_fn, on_step)
         prompts, queries = self.encode(prompts)
         once = max(1, len(prompts) // (self.config.batch_size * self.accelerator.num_processes))
         steps = once if steps is None else steps
@@ -138,13 +131,14 @@ class PPOTrainer:
     def encode(self, prompts):
         """(prompts, queries): those that leave room for a response, and their token ids, after the config's system turn. The
         others are counted in a warning."""
-        return encode_prompts(self.tokenizer, prompts, room_for_prompts(self.model, self.config), self.config.system)
+        room = sampling.positions_in(self.model.config.get_text_config()) - self.config.max_new_tokens
+        return parts.encode_prompts(self.tokenizer, prompts, room, self.config.system)
 
     def next_rows(self, n):
         """Which of n prompts the next step uses. It depends on the seed and the number of steps done alone, so a resumed run goes
         on where it was."""
         batch = self.steps_done * self.accelerator.num_processes + self.accelerator.process_index
-        return rows_of(batch, self.config.batch_size, n, self.config.seed, self.config.num_generations)
+        return parts.rows_of(batch, self.config.batch_size, n, self.config.seed, self.config.num_generations)
 
     # ------------------------------------------------------------ step
 
@@ -155,7 +149,7 @@ class PPOTrainer:
         clock, config = Clock(), self.config
         skip = self.sampler_is_exact and config.kl_penalty != "full"
         rollout = self.rollout = self._collect(queries, responses, scores, config.batch_size, self.total, clock, prompts, skip)
-        with told_if_half(self.parameters, self.steps_done + 1):
+        with parts.told_if_half(self.parameters, self.steps_done + 1):
             updates = self._optimize(rollout)
         clock.lap("time/ppo/optimize_step")
         stats = step_stats(rollout, updates, self.kl_coef, self.eos_ids, self.total)
@@ -184,18 +178,17 @@ class PPOTrainer:
         makes the whitening that of all processes; with `skip`, what the sampler noted takes the place of the policy's pass."""
         config, clock, tokenizer = self.config, clock or Clock(), self.tokenizer
         expected = f"{size}" if size != config.batch_size else f"PPOConfig.batch_size = {size}"
-        vocabulary = self.model.config.get_text_config().vocab_size
-        drawn = responses
-        queries, responses, scores = checked_batch(queries, responses, scores, size, vocabulary, expected)
-        notes = how_drawn(queries, drawn, config.temperature, digest(self.parameters))
+        drawn, text = responses, self.model.config.get_text_config()
+        queries, responses, scores = checked_batch(queries, responses, scores, size, text, expected, prompts)
+        notes = sampling.how_drawn(queries, drawn, config.temperature, digest(self.parameters))
         scores = clipped_scores(scores, responses, config, self.eos_ids)
         rollout = collate(queries, responses, scores, tokenizer.pad_token_id, self.device)
         rollout.texts, rollout.prompts = self.decode(responses), prompts or tokenizer.batch_decode(queries)
-        rollout.sampler_logprobs, hidden = padded(notes, self.device)
+        rollout.sampler_logprobs, hidden = sampling.padded(notes, self.device)
         skip = skip and everywhere(hidden is not None, self.model.pretrained_model)  # one pass more, or less, is for all
         chunks = torch.arange(len(rollout), device=self.device).split(config.mini_batch_size)
-        parts = [self._score_tokens(rollout, rows, hidden if skip else None) for rows in chunks]
-        rollout.logprobs, rollout.ref_logprobs, rollout.values, rollout.kl = (torch.cat(part) for part in zip(*parts))
+        scored = [self._score_tokens(rollout, rows, hidden if skip else None) for rows in chunks]
+        rollout.logprobs, rollout.ref_logprobs, rollout.values, rollout.kl = (torch.cat(part) for part in zip(*scored))
         clock.lap("time/ppo/forward_pass")
         fill_rewards(rollout, self.kl_coef)
         clock.lap("time/ppo/compute_rewards")

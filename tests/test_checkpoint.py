@@ -383,7 +383,7 @@ def test_a_checkpoint_says_what_it_is_and_keeps_what_it_was_given(saved):
 
 def test_what_json_cannot_keep_is_refused_and_the_last_checkpoint_stays(saved):
     trainer, folder = saved
-    with pytest.raises(TypeError):
+    with pytest.raises(InputError, match="extra has something that JSON cannot keep"):
         save_checkpoint(trainer, folder, extra={"model": object()})
     assert read_settings(folder)["extra"] == {} and [path.name for path in folder.parent.iterdir()] == ["checkpoint"]
 

@@ -12,6 +12,7 @@ from rlhf_helpers.config import PPOConfig
 from rlhf_helpers.data import load_prompts, turns
 from rlhf_helpers.errors import InputError
 from rlhf_helpers.evaluation import evaluate
+from rlhf_helpers.models import PolicyWithValueHead
 from rlhf_helpers.trainer import PPOTrainer
 from tests import tiny
 from tests.tiny import llama, same, state, with_lora
@@ -93,6 +94,43 @@ CALLS = {
     "no scores": (lambda t: t.step(*tiny.batch()[:2], None), "scores is None; expected a list"),
     "scores by row": (lambda t: t.step(*tiny.batch()[:2], dict.fromkeys(range(4), 1.0)), "scores is {0: 1.0"),
     "an evaluation with one reward": (lambda t: evaluate(t, PROMPTS[:3], lambda p, r: [1.0]), r"gave \[1.0\] for 6 answers"),
+    "a query without an answer's room": (
+        lambda t: t.generate([torch.full((250,), 5)], max_new_tokens=10),
+        "query 0 has 250 tokens and its response 10; expected at most",
+    ),
+    "responses without room": (
+        lambda t: t.step(*([torch.full((200,), 5)] * 4 for _ in range(2)), [0.0] * 4),
+        "query 0 has 200 tokens and its response 200; expected at most",
+    ),
+    "no pad token": (lambda t: t.generate(tiny.batch()[0], pad_token_id=None), "pad_token_id is None"),
+    "a pad token that is text": (lambda t: t.generate(tiny.batch()[0], pad_token_id="x"), "pad_token_id is 'x'"),
+    "a pad token that the model lacks": (
+        lambda t: t.generate(tiny.batch()[0], pad_token_id=9999),
+        f"pad_token_id is 9999; expected 0 to {tiny.V - 1}",
+    ),
+    "queries that are none": (lambda t: t.generate(None), "query: None; expected a list"),
+    "one number for queries": (lambda t: t.generate(5), "query: 5; expected a list"),
+    "queries that cannot be counted": (lambda t: t.generate(q for q in tiny.batch()[0]), "query: .*; expected a list"),
+    "a temperature that is text": (
+        lambda t: t.generate(tiny.batch()[0], greedy=True, temperature="x"),
+        "temperature is 'x'; expected a number above 0",
+    ),
+    "a temperature of 0": (lambda t: t.generate(tiny.batch()[0], greedy=True, temperature=0), "temperature is 0; expected"),
+    "several top_k": (lambda t: t.generate(tiny.batch()[0], top_k=np.array([1, 2])), "top_k=.* would sample"),
+    "nothing to inspect": (lambda t: t.inspect([], []), "no responses; expected at least one"),
+    "prompts that are none": (lambda t: t.train(None, lengths), "prompts is None; expected a list"),
+    "a prompt for four responses": (lambda t: t.step(*tiny.batch(), prompts=["a"]), "step: 1 prompts; expected"),
+    "one text to judge by": (lambda t: evaluate(t, "t5", lengths), "prompts is 't5'; expected a list"),
+    "no samples": (lambda t: evaluate(t, PROMPTS[:3], lengths, samples=0), "samples is 0; expected a whole number from 1"),
+    "an evaluation with no reward": (lambda t: evaluate(t, PROMPTS[:3], lambda p, r: None), "gave None for 6 answers"),
+    "an evaluation in words": (
+        lambda t: evaluate(t, PROMPTS[:3], lambda p, r: ["good"] * len(r)),
+        "gave .*good.* for 6 answers",
+    ),
+    "something that JSON cannot keep": (
+        lambda t: t.save("never", extra={"a": object()}),
+        "save: extra has something that JSON cannot keep",
+    ),
 }
 
 
@@ -185,3 +223,38 @@ def test_a_conversation_that_the_assistant_begins_keeps_its_turns_or_is_refused(
     assert turns(prompt) == chat
     with pytest.raises(InputError, match="the chat template refuses it"):
         models.encode_prompt(tiny.mistral_tokenizer(["a b"] * 5, 400), prompt)
+
+
+@pytest.mark.parametrize(
+    "parts, words",
+    [
+        (dict(config=None), "config is None; expected a PPOConfig"),
+        (dict(config=dict(batch_size=4)), "config is .*; expected a PPOConfig"),
+        (dict(ref_model="gpt2"), "ref_model is 'gpt2'; expected a causal language model"),
+        (dict(tokenizer="gpt2"), "tokenizer is 'gpt2'; expected a tokenizer"),
+    ],
+)
+def test_parts_that_make_no_trainer_get_a_sentence(parts, words):
+    whole = dict(config=PPOConfig(), model=PolicyWithValueHead(with_lora(llama())), tokenizer=tiny.tokenizer())
+    with pytest.raises(InputError, match=words):
+        PPOTrainer(**whole | parts)
+
+
+def test_a_prompt_that_comes_twice_is_judged_once():
+    found = evaluate(tiny.trainer(), [PROMPTS[0], PROMPTS[1], PROMPTS[0]], lengths)
+    assert found.prompts == [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2 and found.by_prompt(found.rewards).shape == (2, 2)
+
+
+@pytest.mark.parametrize(
+    "name", ["learning_rate", "value_learning_rate", "cliprange", "init_kl_coef", "score_clip", "ratio_threshold"]
+)
+@pytest.mark.parametrize("value", [1e30, 10**30, 1e31, 10**300, -1e300])
+def test_a_setting_is_refused_or_a_step_can_be_made_with_it(name, value):
+    """In fp32 numbers end at 3.4e38: what is larger would fail inside a step, with Adam changed already."""
+    try:
+        trainer = tiny.trainer(with_lora(llama(), b_scale=0.1), **{name: value})
+    except InputError as error:
+        assert f"PPOConfig.{name} is " in str(error) and abs(value) > 1e30
+    else:
+        assert abs(value) <= 1e30 and type(getattr(trainer.config, name)) is float
+        trainer.step(*tiny.batch())

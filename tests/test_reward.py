@@ -314,3 +314,29 @@ def test_the_course_s_reward_model_ranks_the_test_pairs_and_reads_the_prompt():
     model, other, *yardsticks = (accuracy for accuracy, _ in accuracies(ensure_reward_model()).values())
     assert model >= 0.85 and model - other >= 0.15
     assert len(yardsticks) == 2 and model > max(yardsticks)
+
+
+@pytest.mark.parametrize(
+    "prompts, responses, words",
+    [
+        (
+            ["a"] * 32,
+            ["b"] * 40,
+            "32 prompts and 40 responses; expected as many",
+        ),  # whole batches match, the last one is left over
+        (["a"] * 3, ["b"], "3 prompts and 1 responses"),
+        ("text", "text", "prompts is 'text'; expected a list"),
+        (["a"], [], "1 prompts and 0 responses"),
+        (["a", None], ["b", "c"], r"prompts\[1\] is None; expected some text"),
+        (["a"], [5], r"responses\[0\] is 5; expected some text"),
+        (None, [], "prompts is None; expected a list"),
+    ],
+)
+def test_texts_that_cannot_be_meant_are_refused(prompts, responses, words):
+    rm = RewardModel(tiny.bert(1), tiny.bert_tokenizer())
+    with pytest.raises(InputError, match=words):
+        rm(prompts, responses)
+
+
+def test_no_texts_have_no_scores():
+    assert RewardModel(tiny.bert(1), tiny.bert_tokenizer())([], []).shape == (0,)

