@@ -17,39 +17,39 @@ def as_array(values):
     return np.asarray(values.detach().cpu().double() if isinstance(values, torch.Tensor) else values, dtype=float)
 
 
-def minibatch_stats(losses, clipped, entropy, logprobs, values, advantages, returns, mask, vf_coef, total=ppo.alone):
-    """A dict of one minibatch: floats (means over its tokens), and the arrays of ARRAYS over its tokens.
+def minibatch_stats(rollout, rows, new, vf_coef, total):
+    """A dict of one minibatch, some `rows` of the Rollout: floats (means over its tokens), and the arrays of ARRAYS over its tokens.
 
-    `losses`, `clipped` (policy, value), `logprobs` and `values` (new, old) are pairs of (B, T) tensors, the rest (B, T).
-    `total` sums a number over processes: floats are those of all, arrays of this process."""
+    `new` holds what its pass gave, (B, T) tensors: logprobs, values, entropy, policy_losses, policy_clipped, value_losses,
+    value_clipped. `total` sums a number over processes: floats are those of all, arrays of this process."""
+    mask, advantages, returns = rollout.mask[rows], rollout.advantages[rows], rollout.returns[rows]
+    old_logprobs, old_values = rollout.logprobs[rows], rollout.values[rows]
     mean = lambda x: ppo.masked_mean(x, mask, total).item()
-    (policy_losses, value_losses), (policy_clipped, value_clipped) = losses, clipped
-    (new_logprobs, old_logprobs), (new_values, old_values) = logprobs, values
-    ratio = ppo.policy_ratio(new_logprobs, old_logprobs)
-    policy_loss, value_loss = mean(policy_losses), mean(value_losses)
+    ratio = ppo.policy_ratio(new.logprobs, old_logprobs)
+    policy_loss, value_loss = mean(new.policy_losses), mean(new.value_losses)
     return {
         "loss/policy": policy_loss,
         "loss/value": value_loss,
         "loss/total": policy_loss + vf_coef * value_loss,
-        "policy/entropy": mean(entropy),
-        "policy/approxkl": 0.5 * mean((new_logprobs - old_logprobs) ** 2),
-        "policy/policykl": mean(old_logprobs - new_logprobs),
-        "policy/clipfrac": mean(policy_clipped.float()),
+        "policy/entropy": mean(new.entropy),
+        "policy/approxkl": 0.5 * mean((new.logprobs - old_logprobs) ** 2),
+        "policy/policykl": mean(old_logprobs - new.logprobs),
+        "policy/clipfrac": mean(new.policy_clipped.float()),
         "policy/advantages_mean": mean(advantages),
         "policy/ratio_mean": mean(ratio),
         "policy/advantages": advantages[mask].cpu().numpy(),
         "policy/ratio": ratio[mask].cpu().numpy(),
         "returns/mean": mean(returns),
         "returns/var": ppo.masked_var(returns, mask, total).item(),
-        "val/vpred": mean(new_values),
-        "val/error": mean((new_values - returns) ** 2),
-        "val/clipfrac": mean(value_clipped.float()),
+        "val/vpred": mean(new.values),
+        "val/error": mean((new.values - returns) ** 2),
+        "val/clipfrac": mean(new.value_clipped.float()),
         "val/mean": mean(old_values),
         "val/var": ppo.masked_var(old_values, mask, total).item(),
     }
 
 
-def step_stats(rollout, updates, kl_coef, eos_ids, total=ppo.alone):
+def step_stats(rollout, updates, kl_coef, eos_ids, total):
     """The dict of one step, from its Rollout and the list of its minibatches' stats. `ppo/*` are means over minibatches.
     `total` sums a number over processes: floats are those of all, arrays of this process."""
     mask, device = rollout.mask, rollout.mask.device

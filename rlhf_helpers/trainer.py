@@ -5,6 +5,7 @@ are standardised once, by the reward model), response masks with gaps, encoder-d
 
 import functools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -263,23 +264,21 @@ class PPOTrainer:
 
     def _minibatch(self, rollout, rows):
         """(loss, stats) of one minibatch, the loss with gradients."""
-        config, mask = self.config, rollout.mask[rows]
-        old_logprobs, old_values = rollout.logprobs[rows], rollout.values[rows]
-        advantages, returns = rollout.advantages[rows], rollout.returns[rows]
-
+        config, mask, new = self.config, rollout.mask[rows], SimpleNamespace()
         logits, values = self.policy(*rollout.inputs(rows))
-        values = torch.where(mask, values, 0.0)
-        logprobs, entropy = fast.token_logprobs(logits, rollout.response_ids[rows], mask, config.temperature)
-        policy_losses, policy_clipped = ppo.policy_losses(logprobs, old_logprobs, advantages, config.cliprange)
-        value_losses, value_clipped = ppo.value_losses(values, old_values, returns, config.cliprange_value)
-        policy_loss, value_loss = ppo.masked_mean(policy_losses, mask), ppo.masked_mean(value_losses, mask)
+        new.values = torch.where(mask, values, 0.0)
+        new.logprobs, new.entropy = fast.token_logprobs(logits, rollout.response_ids[rows], mask, config.temperature)
+        new.policy_losses, new.policy_clipped = ppo.policy_losses(
+            new.logprobs, rollout.logprobs[rows], rollout.advantages[rows], config.cliprange
+        )
+        new.value_losses, new.value_clipped = ppo.value_losses(
+            new.values, rollout.values[rows], rollout.returns[rows], config.cliprange_value
+        )
+        policy_loss, value_loss = ppo.masked_mean(new.policy_losses, mask), ppo.masked_mean(new.value_losses, mask)
         loss = policy_loss + config.vf_coef * value_loss
-
         with torch.no_grad():
-            rollout.new_logprobs[rows] = logprobs
-            losses, clipped = (policy_losses, value_losses), (policy_clipped, value_clipped)
-            pairs = (logprobs, old_logprobs), (values, old_values)
-            stats = minibatch_stats(losses, clipped, entropy, *pairs, advantages, returns, mask, config.vf_coef, self.total)
+            rollout.new_logprobs[rows] = new.logprobs
+            stats = minibatch_stats(rollout, rows, new, config.vf_coef, self.total)
         return loss, stats
 
     # ------------------------------------------------------------ save and resume

@@ -23,6 +23,7 @@ def test_nothing_is_lost_and_every_mistake_gets_a_sentence(form):
         counts = {name: int(count.replace(",", "")) for name, count, *_ in rows}
         assert counts["kills"] >= 200 and counts["files"] >= 10_000
         assert counts["checkpoints"] >= 1000 and counts["settings"] >= 1000
+        assert counts["full disk"] >= 60 and counts["nan"] >= 280
 
 
 def test_the_campaign_itself_notices_a_checkpoint_that_is_not_looked_at():
