@@ -553,7 +553,7 @@ def test_an_interrupted_download_leaves_nothing(home, wheel, monkeypatch):
 
 def test_who_stops_a_download_does_not_wait_for_pip(home, monkeypatch):
     pips, popen = [], subprocess.Popen
-    slow = [sys.executable, "-c", "import time; time.sleep(600)"]
+    slow = [sys.executable, "-c", "import threading; threading.Event().wait()"]
 
     def asked_to_stop(folder):
         raise KeyboardInterrupt
