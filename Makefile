@@ -9,7 +9,9 @@ ARGS ?=
 WORKERS ?= 2
 
 PY := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)/python
-PIP := $(PY) -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
+# In a terminal pip shows how far its downloads are; a log gets none of it.
+QUIET := $(if $(shell test -t 2 && echo yes),,--quiet)
+PIP := $(PY) -m pip install $(QUIET) --no-compile --disable-pip-version-check -c constraints.txt
 # What pip does with one core, a file after the other, in half a minute less; nothing is lost where it fails.
 COMPILE := -$(PY) -c 'import compileall, sysconfig; compileall.compile_dir(sysconfig.get_path("purelib"), quiet=2, workers=0)'
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)

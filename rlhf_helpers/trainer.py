@@ -73,7 +73,9 @@ class PPOTrainer:
         other = reference or self.model.adapters_are_off() or self.model.adapters_merged()
         responses, weights = [], None if other else digest(self.parameters)
         with sampling.reader_of(self.model, reference and (self.ref_model or True), self.unpacked) as (lm, reader):
-            for rows in (queries[start : start + size] for start in range(0, len(queries), size)):
+            batches = [queries[start : start + size] for start in range(0, len(queries), size)]
+            show = len(batches) > 1 and self.accelerator.is_main_process
+            for rows in progress.track(batches, "sampling", "batches", show):
                 drawn = sampling.sample(lm, rows, length, eos, pad_id, temperature, generator or self.generator, greedy, reader)
                 responses += drawn.responses
                 for query, response, logprobs, hidden in zip(rows, drawn.responses, drawn.logprobs, drawn.hidden):
