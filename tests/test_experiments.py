@@ -12,9 +12,11 @@ from rlhf_helpers.config import CPU
 from rlhf_helpers.course import experiments, runs
 from rlhf_helpers.course.gold import gold_reward
 from rlhf_helpers.course.variants import ADVANTAGES, CHANGES
-from rlhf_helpers.data import load_prompts
+from rlhf_helpers.data import load_preferences, load_prompts
 from rlhf_helpers.errors import InputError
+from rlhf_helpers.reward import ensure_reward_model
 from tools import experiments as page
+from tools.reward_on_test_pairs import accuracies, with_other_prompts
 
 ROOT = Path(__file__).resolve().parent.parent
 STEP = dict(kl=0.5, explained=None, prompts=["What is tea?"], texts=["Tea is a drink."], scores=[0.25], kls=[0.5])
@@ -224,3 +226,17 @@ def test_the_prompts_are_those_that_the_logs_answer():
     """A log keeps answers without their prompts: another order would judge every one by the annotator's rule anew."""
     digest = lambda split: hashlib.sha256((page.HERE.parent / runs.SPLITS[split]).read_bytes()).hexdigest()[:16]
     assert {split: digest(split) for split in runs.SPLITS} == dict(dev="a5cbe8c4a1f35efb", test="07e354cae13a968f")
+
+
+def test_no_test_pair_keeps_its_prompt_when_another_is_asked_for():
+    pairs = load_preferences(ROOT / "data" / "pairwise_prefs_test.jsonl")
+    moved = with_other_prompts(pairs)
+    assert len(moved) == len(pairs) and not any(a["prompt"] == b["prompt"] for a, b in zip(pairs, moved))
+    assert all(a["chosen"] == b["chosen"] and a["rejected"] == b["rejected"] for a, b in zip(pairs, moved))
+
+
+@pytest.mark.slow
+def test_the_course_s_reward_model_ranks_the_test_pairs_and_reads_the_prompt():
+    model, other, *yardsticks = (accuracy for accuracy, _ in accuracies(ensure_reward_model()).values())
+    assert model >= 0.85 and model - other >= 0.15
+    assert len(yardsticks) == 2 and model > max(yardsticks)

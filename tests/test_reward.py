@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from rlhf_helpers import reward
-from rlhf_helpers.config import project_root
-from rlhf_helpers.data import load_preferences, save_jsonl
+from rlhf_helpers.data import save_jsonl
 from rlhf_helpers.errors import InputError
 from rlhf_helpers.files import aside, write_manifest
 from rlhf_helpers.pairwise import pairwise_loss
@@ -23,7 +22,6 @@ from rlhf_helpers.reward import (
     train_reward_model,
 )
 from tests import tiny
-from tools.reward_on_test_pairs import accuracies, with_other_prompts
 
 PROMPTS = ["write about a cat", "write about the sun", "a dog"]
 RESPONSES = ["a cat is lovely", "the sun is warm and good and the cat likes the sun", "bad"]
@@ -300,20 +298,6 @@ def test_a_folder_without_the_weights_of_the_score_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="cannot be used as a reward model: no weights for classifier"):
         RewardModel.load(tmp_path)
-
-
-def test_no_test_pair_keeps_its_prompt_when_another_is_asked_for():
-    pairs = load_preferences(project_root() / "data" / "pairwise_prefs_test.jsonl")
-    moved = with_other_prompts(pairs)
-    assert len(moved) == len(pairs) and not any(a["prompt"] == b["prompt"] for a, b in zip(pairs, moved))
-    assert all(a["chosen"] == b["chosen"] and a["rejected"] == b["rejected"] for a, b in zip(pairs, moved))
-
-
-@pytest.mark.slow
-def test_the_course_s_reward_model_ranks_the_test_pairs_and_reads_the_prompt():
-    model, other, *yardsticks = (accuracy for accuracy, _ in accuracies(ensure_reward_model()).values())
-    assert model >= 0.85 and model - other >= 0.15
-    assert len(yardsticks) == 2 and model > max(yardsticks)
 
 
 @pytest.mark.parametrize(

@@ -122,11 +122,10 @@ def test_only_the_last_evaluation_of_an_experiment_opens_the_test_prompts():
         "rlhf_helpers/course/runs.py",  # names it for the last evaluation of a run, and for reading what was written
         "tools/reward_on_test_pairs.py",  # prints how the reward model ranks those pairs
         "notebooks/06_trl_and_scaling.ipynb",  # names a file of pairs in braces: the training and the dev ones
-        "tests/test_experiments.py",  # counts what the logs have
+        "tests/test_experiments.py",  # counts what the logs have, and asks what that tool prints
         "tests/test_capstone.py",  # sees that a learner labels none of them
         "tests/test_compare.py",  # writes two prompts of its own under this name, in a folder of its own
         "tests/test_gold.py",
-        "tests/test_reward.py",  # asks the same as that tool
         "tests/test_setup.py",
     }
     files = [file for end in ("py", "ipynb", "md") for file in ROOT.rglob(f"*.{end}")]

@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("rlhf_helpers", "tests", "pyproject.toml", "conftest.py")
 TESTS = ("ppo", "rollout", "sampling", "models", "faults", "oracle", "trainer", "fast", "checkpoint", "files", "reward",
-         "evaluation", "processes")  # fmt: skip
+         "evaluation", "interrupts", "processes")  # fmt: skip
 
 # A file of rlhf_helpers; what stands there, exactly once; what is put in its place; the tests/test_*.py to try first.
 Fault = namedtuple("Fault", "name file old new tests")
@@ -60,8 +60,8 @@ FAULTS = [
     Fault("ratio upside down", "ppo.py", "(logprobs - old_logprobs).clamp(", "(old_logprobs - logprobs).clamp(", "ppo"),
     Fault("min for max in the policy loss", "ppo.py", "return torch.max(unclipped, clipped)",
           "return torch.min(unclipped, clipped)", "ppo"),
-    Fault("old log-probs taken anew", "trainer.py", "ppo.policy_losses(logprobs, old_logprobs,",
-          "ppo.policy_losses(logprobs, logprobs.detach(),", "oracle"),
+    Fault("old log-probs taken anew", "trainer.py", "new.logprobs, rollout.logprobs[rows], rollout.advantages[rows]",
+          "new.logprobs, new.logprobs.detach(), rollout.advantages[rows]", "oracle"),
     Fault("value clip dropped", "ppo.py",
           "near = torch.clamp(values, old_values - cliprange_value, old_values + cliprange_value)", "near = values", "ppo"),
     Fault("accumulation unweighted", "trainer.py", "loss * rollout.mask[rows].sum() / tokens_per_process",
@@ -88,8 +88,8 @@ FAULTS = [
           "fast"),
     Fault("unexplained variance for explained", "stats.py", '1 - stats["ppo/val/error"] / returns_var',
           'stats["ppo/val/error"] / returns_var', "oracle"),
-    Fault("clipped values for clipped tokens", "stats.py", '"policy/clipfrac": mean(policy_clipped.float())',
-          '"policy/clipfrac": mean(value_clipped.float())', "oracle"),
+    Fault("clipped values for clipped tokens", "stats.py", '"policy/clipfrac": mean(new.policy_clipped.float())',
+          '"policy/clipfrac": mean(new.value_clipped.float())', "oracle"),
     Fault("every response counts as ended", "stats.py", "float(bool(set(eos_ids) & set(response.tolist())))", "1.0", "trainer"),
     # the reward model
     Fault("label 0 is the good one", "reward.py", "logits.softmax(-1)[:, 1]", "logits.softmax(-1)[:, 0]", "reward"),
@@ -114,7 +114,9 @@ FAULTS = [
           "processes"),
     Fault("a process weighs its own tokens", "trainer.py", "self.total(rollout.mask[group].sum()) / self.accelerator.num_processes",
           "rollout.mask[group].sum()", "processes"),
-    Fault("stats of one process", "trainer.py", "mask, config.vf_coef, self.total)", "mask, config.vf_coef)", "processes"),
+    Fault("stats of one process", "trainer.py", "new, config.vf_coef, self.total)", "new, config.vf_coef, ppo.alone)", "processes"),
+    Fault("half a step is kept", "interrupts.py", "raise AtOnce(signum)", "raise Interrupted(signum)", "interrupts"),
+    Fault("adapters that are off are sampled with", "sampling.py", "not model.adapters_are_off())", "not reference)", "fast"),
     Fault("the same prompts for all processes", "trainer.py", "num_processes + self.accelerator.process_index",
           "num_processes", "processes"),
     Fault("the same random numbers for all processes", "trainer.py", "config.seed + 1000 * self.accelerator.process_index",
