@@ -99,7 +99,7 @@ def train_reward_model(pairs, folder, encoder="minilm-l6-v2", num_labels=1, epoc
     trainer.train()
     log = [dict(step=row["step"], loss=float(row["loss"])) for row in trainer.state.log_history if "loss" in row]
     rm.model.eval().requires_grad_(False)
-    rm.standardise(*base_samples(pairs), show=True)
+    rm.standardise(*base_samples(pairs))
     rm.save(folder)
     shutil.rmtree(arguments.output_dir, ignore_errors=True)
     return rm, log

@@ -151,9 +151,9 @@ class RewardModel:
     def __call__(self, prompts, responses):
         return (self.raw(prompts, responses) - self.mean) / self.std
 
-    def standardise(self, prompts, responses, show=False):
+    def standardise(self, prompts, responses):
         """Take mean and deviation from these samples of the base policy."""
-        raw = self.raw(prompts, responses, show)
+        raw = self.raw(prompts, responses, show=len(prompts) > 500)
         self.mean, self.std = raw.mean().item(), raw.std().item()
         if not self.std > 1e-6:
             raise InputError(f"reward model: deviation {self.std} over {len(raw)} responses; expected scores that differ")
