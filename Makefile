@@ -9,7 +9,7 @@ ARGS ?=
 WORKERS ?= 2
 
 PY := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)/python
-# In a terminal pip shows how far its downloads are; a log gets none of it.
+# In a terminal pip shows how far its downloads are.
 QUIET := $(if $(shell test -t 2 && echo yes),,--quiet)
 PIP := $(PY) -m pip install $(QUIET) --no-compile --disable-pip-version-check -c constraints.txt
 # What pip does with one core, a file after the other, in half a minute less; nothing is lost where it fails.

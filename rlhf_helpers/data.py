@@ -5,6 +5,7 @@ the formats of HF `datasets`: with a prompt of its own or with the prompt inside
 {"role", "content"}. In the course a prompt is always one string. A conversation of several turns is a transcript,
 "\\n\\nHuman: ...\\n\\nAssistant: ...\\n\\nHuman: ...\\n\\nAssistant:", which `turns` takes apart for a chat template."""
 
+import contextlib
 import gzip
 import json
 import re
@@ -21,6 +22,14 @@ ROLES = {"user": "Human", "assistant": "Assistant", "system": "System"}  # to a 
 MARK = re.compile(rf"\n\n({'|'.join(ROLES.values())}):")  # where a turn begins
 ANSWER = "\n\nAssistant:"
 WORD_BEGUN = re.compile(r"[^\W\u2e80-\uffff]*")  # read backwards (Chinese and its neighbours have no blanks between words)
+
+
+def checked_list(name, texts):
+    """The texts as a list. Raises InputError for one text alone, and for what is no list of them."""
+    if not isinstance(texts, (str, bytes, dict, set)) and not hasattr(texts, "columns"):
+        with contextlib.suppress(TypeError):
+            return list(texts)
+    raise InputError(f"{name} is {shown(texts)}; expected a list of texts")
 
 
 def load_prompts(source):

@@ -33,9 +33,9 @@ def train_with_dpo(
     the price of KL that DPO's own reward has. Returns the history: a list of dicts with step, loss, accuracy and margin. Raises
     InputError, before anything is made, for sizes that do not fit each other or the rows."""
     check_whole("train_with_dpo", 1, batch_size=batch_size, mini_batch_size=mini_batch_size)
-    if batch_size % mini_batch_size or batch_size > len(rows):
+    if batch_size % mini_batch_size or mini_batch_size > len(rows):
         sizes = f"batch_size {batch_size}, mini_batch_size {mini_batch_size} and {len(rows)} pairs"
-        raise InputError(f"train_with_dpo: {sizes}; expected a batch of whole minibatches, no larger than the pairs")
+        raise InputError(f"train_with_dpo: {sizes}; expected a batch of whole minibatches, and the pairs for one at least")
     from datasets import Dataset
 
     trainer_class = trl_part("DPOTrainer")

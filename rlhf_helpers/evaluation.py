@@ -1,6 +1,5 @@
 """Held-out evaluation: the same prompts before and after training, each time from the same seed, and what changed."""
 
-import contextlib
 import math
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from rlhf_helpers.errors import InputError
 from rlhf_helpers.files import shown
 from rlhf_helpers.intervals import mean_interval
 from rlhf_helpers.machine import peak_megabytes
+from rlhf_helpers.rollout import checked_scores
 from rlhf_helpers.sampling import check_whole
 from rlhf_helpers.shard import is_sharded
 
@@ -75,11 +75,16 @@ class Evaluation:
 
 def evaluate(trainer, prompts, reward_fn, samples=2, seed=1234, batch_size=40, reference=False):
     """Sample `samples` responses to each prompt with a fixed seed, and score them; with `reference`, from the reference, whose KL
-    is 0. A prompt that comes twice is asked once. The trainer is not changed. Several processes share the prompts (some may get
+    is 0. The prompts must differ. The trainer is not changed. Several processes share the prompts (some may get
     none), and all of them get the whole Evaluation."""
     check_whole("evaluate", 1, samples=samples, batch_size=batch_size)
     prompts, _ = trainer.encode(prompts)
-    prompts = [prompt for prompt in dict.fromkeys(prompts) for _ in range(samples)]
+    for row, prompt in enumerate(prompts):
+        if prompt in prompts[:row]:
+            raise InputError(
+                f"evaluate: prompts[{row}] is {shown(prompt)} again; expected different ones (samples= gives each several answers)"
+            )
+    prompts = [prompt for prompt in prompts for _ in range(samples)]
     with trainer.accelerator.split_between_processes(prompts) as part:
         seed += trainer.accelerator.process_index
         if is_sharded(trainer.model.pretrained_model):  # then all make as many passes: who has a prompt less takes one more
@@ -104,17 +109,10 @@ def evaluate_here(trainer, prompts, reward_fn, seed, batch_size, reference):
             kl += [0.0] * len(batch) if reference else kl_of(trainer.inspect(batch, responses))
             done.update(len(batch))
     rewards = reward_fn(prompts, texts)
-    with contextlib.suppress(TypeError, ValueError, RuntimeError):
-        rewards = [float(score) for score in rewards]
-    if not isinstance(rewards, list) or len(rewards) != len(texts) or not all(map(is_finite, rewards)):
-        raise InputError(
-            f"the reward function gave {shown(rewards)} for {len(texts)} answers; expected a finite number for each"
-        )
+    if not hasattr(rewards, "__iter__") or len(rewards := list(rewards)) != len(texts):
+        raise InputError(f"the reward function gave {shown(rewards)} for {len(texts)} answers; expected a number for each")
+    rewards = checked_scores("evaluate", rewards).tolist()
     return list(zip(texts, rewards, map(gold_reward, prompts, texts), kl, strict=True))
-
-
-def is_finite(number):
-    return isinstance(number, float) and math.isfinite(number)
 
 
 def kl_of(rollout):

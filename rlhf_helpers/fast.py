@@ -79,6 +79,14 @@ class Unpacked:
         self.lm = lm.get_base_model() if isinstance(lm, PeftModel) else lm
         self.layers = [Layer(layer) for layer in self.lm.model.layers]
         self.head = in_layout(self.lm.lm_head.weight.detach())
+        self.made_of = self.base_weights()
+
+    def base_weights(self):
+        return [base_of(linear(layer, name)).weight for layer in self.lm.model.layers for names in STACKS for name in names]
+
+    def is_current(self):
+        """Whether the model still has the weights that this was made of: PEFT puts others in their place to merge adapters."""
+        return all(now is then for now, then in zip(self.base_weights(), self.made_of))
 
 
 class Layer:

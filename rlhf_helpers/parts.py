@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
 from rlhf_helpers.config import PPOConfig, project_root
-from rlhf_helpers.data import is_whole_unicode
+from rlhf_helpers.data import checked_list, is_whole_unicode
 from rlhf_helpers.errors import InputError
 from rlhf_helpers.files import shown
 from rlhf_helpers.machine import device_and_dtype
@@ -120,13 +120,6 @@ def adam(model, config):
     )
 
 
-def checked_list(name, texts):
-    """The texts as a list. Raises InputError for one text alone, and for what cannot be gone through."""
-    if isinstance(texts, (str, bytes, dict)) or not hasattr(texts, "__iter__"):
-        raise InputError(f"{name} is {shown(texts)}; expected a list of texts")
-    return list(texts)
-
-
 def encode_prompts(tokenizer, prompts, room, system=None):
     """(prompts, queries): those of at most `room` tokens, and their token ids. The others are counted in a warning."""
     prompts = checked_list("prompts", prompts)
@@ -160,15 +153,14 @@ def rows_of(batch, size, n, seed, repeats=1):
 
 
 @contextlib.contextmanager
-def told_if_half(parameters, step):
-    """Where what is inside ends with an error after weights have moved, a warning: half a step cannot be taken back."""
-    before = digest(parameters)
+def told_if_half(parameters, before, step):
+    """Where what is inside ends with an error after weights have moved, a note on that error: half a step cannot be taken back.
+    `before` is the `digest` of the parameters."""
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         if digest(parameters) != before:
-            warnings.warn(
-                f"step {step} ended inside, and a part of it is in the weights; begin anew, or go on from a saved checkpoint",
-                stacklevel=2,
+            error.add_note(
+                f"Step {step} ended inside, and a part of it is in the weights: begin anew, or go on from a saved checkpoint."
             )
         raise

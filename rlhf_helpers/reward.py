@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from rlhf_helpers import progress
 from rlhf_helpers.config import DATA_FILE, HELDOUT_FILE, course_file, project_root
-from rlhf_helpers.data import load_preferences, load_prompts
+from rlhf_helpers.data import checked_list, load_preferences, load_prompts
 from rlhf_helpers.errors import InputError, MissingInput
 from rlhf_helpers.files import (
     MANIFEST,
@@ -135,10 +135,10 @@ class RewardModel:
 
     @torch.inference_mode()
     def logits(self, prompts, responses, show=False):
-        """What the model itself says, (B, labels), fp32. With `show`, a bar says how far it is."""
+        """What the model itself says, (B, labels), fp32. With `show`, a bar says how far it is, if they are many."""
         prompts, responses = checked_texts(prompts, responses)
         size, parts = self.batch_size, [torch.empty(0, self.model.config.num_labels, device=self.model.device)]
-        with progress.bar(len(prompts), "reward model: scoring", "responses", show) as done:
+        with progress.bar(len(prompts), "reward model: scoring", "responses", show and len(prompts) > 500) as done:
             for i in range(0, len(prompts), size):
                 parts.append(self.model(**self.encode(prompts[i : i + size], responses[i : i + size])).logits.float())
                 done.update(len(parts[-1]))
@@ -153,7 +153,7 @@ class RewardModel:
 
     def standardise(self, prompts, responses):
         """Take mean and deviation from these samples of the base policy."""
-        raw = self.raw(prompts, responses, show=len(prompts) > 500)
+        raw = self.raw(prompts, responses, show=True)
         self.mean, self.std = raw.mean().item(), raw.std().item()
         if not self.std > 1e-6:
             raise InputError(f"reward model: deviation {self.std} over {len(raw)} responses; expected scores that differ")
@@ -161,16 +161,14 @@ class RewardModel:
 
 def checked_texts(prompts, responses):
     """Both as lists of str, equally many. Raises InputError that names the place."""
-    given = dict(prompts=prompts, responses=responses)
-    for name, texts in given.items():
-        if isinstance(texts, (str, bytes, dict)) or not hasattr(texts, "__len__"):
-            raise InputError(f"reward model: {name} is {shown(texts)}; expected a list of texts")
+    prompts, responses = checked_list("reward model: prompts", prompts), checked_list("reward model: responses", responses)
+    for name, texts in dict(prompts=prompts, responses=responses).items():
         for row, text in enumerate(texts):
             if not isinstance(text, str):
                 raise InputError(f"reward model: {name}[{row}] is {shown(text)}; expected some text")
     if len(prompts) != len(responses):
         raise InputError(f"reward model: {len(prompts)} prompts and {len(responses)} responses; expected as many")
-    return list(prompts), list(responses)
+    return prompts, responses
 
 
 def _checked_format(path):

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import torch
 
 from rlhf_helpers import ppo
+from rlhf_helpers.data import checked_list
 from rlhf_helpers.errors import InputError
 from rlhf_helpers.files import shown
-from rlhf_helpers.sampling import check_room, pad_left
+from rlhf_helpers.sampling import check_room, check_whole, checked_options, pad_left
 
 
 @dataclass
@@ -21,6 +22,7 @@ class Rollout:
     attention_mask: torch.Tensor  # (B, P + T) 1 on real tokens
     response_ids: torch.Tensor  # (B, T)
     mask: torch.Tensor  # (B, T) bool, from lengths
+    weights: bytes = None  # the digest of what learns, when it was scored
     prompts: list = None  # B strings, as they were given to `train`, else decoded from the queries
     texts: list = None  # B strings: the responses without special tokens, what the reward function reads
     logprobs: torch.Tensor = None  # log pi of each token before the update, nats
@@ -96,7 +98,12 @@ def gae_advantages(rollout, config, total=ppo.alone):
 def checked_batch(queries, responses, scores, size, config, expected=None, prompts=None):
     """(queries, responses, scores) of one step as lists of `size` CPU LongTensors and one float tensor (B,). `config`: a text model's.
     Raises InputError that names the row."""
-    all_given = dict(queries=queries, responses=responses, scores=scores) | ({} if prompts is None else dict(prompts=prompts))
+    all_given = dict(queries=queries, responses=responses, scores=scores)
+    if prompts is not None:
+        prompts = all_given["prompts"] = checked_list("step: prompts", prompts)
+        for row, prompt in enumerate(prompts):
+            if not isinstance(prompt, str):
+                raise InputError(f"step: prompts[{row}] is {shown(prompt)}; expected some text")
     if size == 0:
         raise InputError("no responses; expected at least one")
     for name, given in all_given.items():
@@ -104,30 +111,53 @@ def checked_batch(queries, responses, scores, size, config, expected=None, promp
             raise InputError(f"step: {name} is {shown(given)}; expected a list, one for each response")
         if len(given) != size:
             raise InputError(f"step: {len(given)} {name}; expected {expected or size}")
-    scores = torch.stack([checked_score(row, score) for row, score in enumerate(scores)])
-    for row in (~torch.isfinite(scores)).nonzero().flatten().tolist():
-        raise InputError(f"step: scores[{row}] is {scores[row].item()}; expected a finite number")
+    scores = checked_scores("step", scores)
     queries, responses = checked_ids("query", queries, config.vocab_size), checked_ids("response", responses, config.vocab_size)
     check_room(config, queries, map(len, responses))
     return queries, responses, scores
 
 
-def checked_score(row, score):
-    """One score as a float tensor without dimensions. Raises InputError that names the row."""
+def checked_call(queries, config, text, max_new_tokens, batch_size, temperature, greedy, **options):
+    """A call of `generate`, with the PPOConfig and the text model's config: (queries, the same in batches, what `sample` takes beside
+    them: length, EOS ids, pad id, temperature; greedy). Raises InputError for what cannot be meant."""
+    temperature, greedy, eos, pad_id = checked_options(text.vocab_size, config.temperature, temperature, greedy, **options)
+    queries = checked_ids("query", queries, text.vocab_size)
+    size = len(queries) if batch_size is None else batch_size
+    length = config.max_new_tokens if max_new_tokens is None else max_new_tokens
+    check_whole("generate", 1, batch_size=size, max_new_tokens=length)
+    check_room(text, queries, [length] * len(queries))
+    batches = [queries[start : start + size] for start in range(0, len(queries), size)]
+    return queries, batches, (length, eos, pad_id, temperature), greedy
+
+
+def checked_scores(call, scores):
+    """Scores as one float tensor (B,). Raises InputError that names the row."""
+    scores = torch.stack([checked_score(f"{call}: scores[{row}]", score) for row, score in enumerate(scores)])
+    for row in (~torch.isfinite(scores)).nonzero().flatten().tolist():
+        raise InputError(f"{call}: scores[{row}] is {scores[row].item()}; expected a finite number")
+    return scores
+
+
+def checked_score(name, score):
+    """One score as a float tensor without dimensions. Raises InputError that names it."""
     try:
         number = torch.as_tensor(score).detach().cpu()
-    except (TypeError, ValueError, RuntimeError):
-        raise InputError(f"step: scores[{row}] is {shown(score)}; expected a finite number") from None
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise InputError(f"{name} is {shown(score)}; expected a finite number") from None
     if number.numel() != 1 or number.is_complex():
         what = "a complex number" if number.is_complex() else f"a score with {number.numel()} values"
-        raise InputError(f"step: scores[{row}] is {what}; expected one number a response")
+        raise InputError(f"{name} is {what}; expected one number a response")
     return number.float().reshape(())
 
 
 def checked_ids(name, sequences, vocabulary):
     """Token ids as 1-D LongTensors on the CPU. Raises InputError that names the row."""
     checked = []
-    if isinstance(sequences, (str, bytes, dict)) or not hasattr(sequences, "__len__"):
+    if (
+        isinstance(sequences, (str, bytes, dict))
+        or not hasattr(sequences, "__len__")
+        or getattr(sequences, "shape", None) == ()
+    ):
         raise InputError(f"{name}: {shown(sequences)}; expected a list of 1-D LongTensors of token ids")
     if len(sequences) == 0:
         raise InputError(f"no {name}: expected at least one, a 1-D LongTensor of token ids")

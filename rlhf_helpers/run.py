@@ -19,6 +19,7 @@ from rlhf_helpers.machine import no_four_bit
 
 WEIGHTS = "weights (by whether bitsandbytes is there)"
 MODEL = "--model (sha256)"
+WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".gguf")
 RESULTS = ("summary.json", "samples.jsonl", "curves.png")
 
 
@@ -57,7 +58,7 @@ def lock(file):
         pass
 
 
-def settings(profile, config, prompts, heldout, reward_folder, processes, model_folder=""):
+def settings(profile, config, prompts, heldout, reward_folder, processes, model_folder=None):
     """What must agree when a run goes on, by the option that says it, in the order in which differences are reported."""
     return {
         "--profile": profile.name,
@@ -84,15 +85,20 @@ def digest_of_folder(folder):
     return parts.hexdigest()[:16]
 
 
-def digest_of_model(folder, most=2**20):
-    """Of the names, sizes and first megabytes of a model's files: all of a large one would take a minute. Weights that were trained
-    further differ everywhere. None for a name on a hub."""
-    if not Path(folder).is_dir():
+def digest_of_model(folder, whole=2**29, block=2**20, every=16):
+    """Of a model's weights and its tokenizer, by the files in its folder; None for a name on a hub. Of a file of more than `whole`
+    bytes one block of every sixteen counts, a matrix of a large model at least: all of it would take a minute."""
+    if folder is None or not Path(folder).is_dir():
         return None
     parts = hashlib.sha256()
     for path in files_in(Path(folder)):
-        with open(path, "rb") as file:
-            parts.update(f"{path.name} {path.stat().st_size}".encode() + file.read(most))
+        if path.suffix in WEIGHT_FILES or path.name == "tokenizer.json":
+            size = path.stat().st_size
+            parts.update(f"{path.name} {size}".encode())
+            with open(path, "rb") as file:
+                for start in range(0, size, block if size <= whole else every * block):
+                    file.seek(start)
+                    parts.update(file.read(block))
     return parts.hexdigest()[:16]
 
 

@@ -42,7 +42,7 @@ def checked_options(vocabulary, own_temperature, temperature, greedy, eos_token_
     for name, value in options.items():
         if name not in NEUTRAL:
             raise InputError(f"generate: unknown option {name}={value!r}")
-        if not isinstance(value, (int, float, type(None))) or value not in NEUTRAL[name]:
+        if not isinstance(value, (numbers.Real, type(None))) or value not in NEUTRAL[name]:
             raise InputError(
                 f"generate: {name}={value!r:.80} would sample from another distribution than the one that is scored; expected {NEUTRAL[name][0]}"
             )
@@ -62,7 +62,10 @@ def positions_in(config):
 
 
 def check_room(config, queries, lengths):
-    """Raises InputError for a query with no room behind it for a response of so many tokens."""
+    """Raises InputError for a query with no room behind it for a response of so many tokens, where positions are learnt (GPT-2).
+    Rotary ones go on, and how well, their scaling decides."""
+    if getattr(config, "rope_parameters", None) or getattr(config, "rope_theta", None):
+        return
     for row, (query, length) in enumerate(zip(queries, lengths)):
         if len(query) + length > positions_in(config):
             raise InputError(
@@ -209,7 +212,7 @@ def reader_of(model, reference=None, unpacked=None):
         return
     lm = model.pretrained_model
     with model.without_dropout(), model.adapters_off() if reference else contextlib.nullcontext():
-        if unpacked and not model.adapters_merged():
+        if unpacked:
             yield lm, functools.partial(fast.Reader, unpacked, not model.adapters_are_off())
         else:
             # Beyond a sliding window the plain way is taken: a mask that is given whole does not know it.

@@ -14,7 +14,7 @@ from rlhf_helpers import fast, parts, ppo, progress, sampling
 from rlhf_helpers.checkpoint import load_checkpoint, save_checkpoint
 from rlhf_helpers.interrupts import finishing
 from rlhf_helpers.models import eos_ids, response_logits
-from rlhf_helpers.rollout import checked_batch, checked_ids, clipped_scores, collate, fill_rewards, gae_advantages
+from rlhf_helpers.rollout import checked_batch, checked_call, clipped_scores, collate, fill_rewards, gae_advantages
 from rlhf_helpers.sampling import Drawn, digest
 from rlhf_helpers.shard import everywhere
 from rlhf_helpers.stats import Clock, minibatch_stats, sampler_stats, step_stats
@@ -52,6 +52,12 @@ class PPOTrainer:
         lm = self.model.pretrained_model
         return fast.Unpacked(lm) if fast.can_unpack(lm) else None
 
+    def _fast_way(self):
+        """`unpacked`, made anew where the model has got other weights; None while adapters are a part of them."""
+        if (made := self.__dict__.get("unpacked")) and not made.is_current():
+            del self.unpacked
+        return None if self.model.adapters_merged() else self.unpacked
+
     # ------------------------------------------------------------ generate
 
     def generate(self, queries, max_new_tokens=None, temperature=None, greedy=False, batch_size=None, return_prompt=False,
@@ -61,25 +67,17 @@ class PPOTrainer:
         The policy's own distribution at the config's temperature is sampled, whole: an option that would change it (top_k,
         top_p, penalties, another temperature) raises InputError. `reference=True` samples from the reference."""
         kwargs = dict(eos_token_id=self.eos_ids, pad_token_id=self.tokenizer.pad_token_id) | kwargs
-        text = self.model.config.get_text_config()
-        temperature, greedy, eos, pad_id = sampling.checked_options(
-            text.vocab_size, self.config.temperature, temperature, greedy, **kwargs
-        )
-        queries = checked_ids("query", queries, text.vocab_size)
-        size = len(queries) if batch_size is None else batch_size
-        length = self.config.max_new_tokens if max_new_tokens is None else max_new_tokens
-        sampling.check_whole("generate", 1, batch_size=size, max_new_tokens=length)
-        sampling.check_room(text, queries, [length] * len(queries))
-        other = reference or self.model.adapters_are_off() or self.model.adapters_merged()
-        responses, weights = [], None if other else digest(self.parameters)
-        with sampling.reader_of(self.model, reference and (self.ref_model or True), self.unpacked) as (lm, reader):
-            batches = [queries[start : start + size] for start in range(0, len(queries), size)]
-            show = len(batches) > 1 and self.accelerator.is_main_process
+        text, asked = self.model.config.get_text_config(), (max_new_tokens, batch_size, temperature, greedy)
+        queries, batches, how, greedy = checked_call(queries, self.config, text, *asked, **kwargs)
+        as_trained = not (reference or self.model.adapters_are_off() or self.model.adapters_merged())
+        responses, weights = [], digest(self.parameters) if as_trained else None
+        with sampling.reader_of(self.model, reference and (self.ref_model or True), self._fast_way()) as (lm, reader):
+            show = len(batches) > 8 and self.accelerator.is_main_process
             for rows in progress.track(batches, "sampling", "batches", show):
-                drawn = sampling.sample(lm, rows, length, eos, pad_id, temperature, generator or self.generator, greedy, reader)
+                drawn = sampling.sample(lm, rows, *how, generator or self.generator, greedy, reader)
                 responses += drawn.responses
                 for query, response, logprobs, hidden in zip(rows, drawn.responses, drawn.logprobs, drawn.hidden):
-                    response.drawn = Drawn(query, response.clone(), logprobs, hidden, temperature, weights)
+                    response.drawn = Drawn(query, response.clone(), logprobs, hidden, how[-1], weights)
         return [torch.cat([q, r]) for q, r in zip(queries, responses)] if return_prompt else responses
 
     def decode(self, responses):
@@ -149,11 +147,21 @@ class PPOTrainer:
         """One PPO update. `queries` and `responses`: batch_size 1-D LongTensors of token ids each, as they were sampled;
         `scores`: batch_size numbers. Returns the stats under TRL 0.11's keys. Bad input raises InputError before anything
         changes; RuntimeError if an adapter got no gradient."""
-        clock, config = Clock(), self.config
-        skip = self.sampler_is_exact and config.kl_penalty != "full"
-        rollout = self.rollout = self._collect(queries, responses, scores, config.batch_size, self.total, clock, prompts, skip)
-        with parts.told_if_half(self.parameters, self.steps_done + 1):
-            updates = self._optimize(rollout)
+        clock, size = Clock(), self.config.batch_size
+        skip = self.sampler_is_exact and self.config.kl_penalty != "full"
+        rollout = self.rollout = self._collect(queries, responses, scores, size, self.total, clock, prompts, skip)
+        with parts.told_if_half(self.parameters, rollout.weights, self.steps_done + 1):
+            stats = self._learn(rollout, skip, clock)
+        self.steps_done += 1
+        scalars = {name: value for name, value in stats.items() if isinstance(value, (int, float))}
+        self.history.append({"step": self.steps_done, **scalars})
+        if self.config.log_with:
+            self.accelerator.log(scalars, step=self.steps_done)
+        return stats
+
+    def _learn(self, rollout, skip, clock):
+        """The update and its stats, from a whole rollout."""
+        config, updates = self.config, self._optimize(rollout)
         clock.lap("time/ppo/optimize_step")
         stats = step_stats(rollout, updates, self.kl_coef, self.eos_ids, self.total)
         compared = (rollout.first_logprobs, rollout.first_rows) if skip else (rollout.logprobs,)
@@ -164,17 +172,12 @@ class PPOTrainer:
         if config.adap_kl_ctrl and math.isfinite(stats["objective/kl"]):
             n_samples = config.batch_size * self.accelerator.num_processes
             self.kl_coef = ppo.next_kl_coef(self.kl_coef, stats["objective/kl"], config.target, config.horizon, n_samples)
-        self.steps_done += 1
-        scalars = {name: value for name, value in stats.items() if isinstance(value, (int, float))}
-        self.history.append({"step": self.steps_done, **scalars})
-        if config.log_with:
-            self.accelerator.log(scalars, step=self.steps_done)
         return stats
 
     def inspect(self, queries, responses, scores=None):
         """The Rollout that `step` would learn from, without learning; for any number of responses. Without scores, they are 0."""
-        scores = torch.zeros(len(responses)) if scores is None else scores
-        return self._collect(queries, responses, scores, len(queries))
+        size = len(responses) if hasattr(responses, "__len__") else 0
+        return self._collect(queries, responses, torch.zeros(size) if scores is None else scores, size)
 
     def _collect(self, queries, responses, scores, size, total=ppo.alone, clock=None, prompts=None, skip=False):
         """The rollout: log-probs under policy and reference, values, rewards, advantages, returns. No gradients. `total`
@@ -183,10 +186,12 @@ class PPOTrainer:
         expected = f"{size}" if size != config.batch_size else f"PPOConfig.batch_size = {size}"
         drawn, text = responses, self.model.config.get_text_config()
         queries, responses, scores = checked_batch(queries, responses, scores, size, text, expected, prompts)
-        notes = sampling.how_drawn(queries, drawn, config.temperature, digest(self.parameters))
+        weights = digest(self.parameters)
+        notes = sampling.how_drawn(queries, drawn, config.temperature, weights)
         scores = clipped_scores(scores, responses, config, self.eos_ids)
         rollout = collate(queries, responses, scores, tokenizer.pad_token_id, self.device)
-        rollout.texts, rollout.prompts = self.decode(responses), prompts or tokenizer.batch_decode(queries)
+        rollout.weights, rollout.texts = weights, self.decode(responses)
+        rollout.prompts = tokenizer.batch_decode(queries) if prompts is None else list(prompts)
         rollout.sampler_logprobs, hidden = sampling.padded(notes, self.device)
         skip = skip and everywhere(hidden is not None, self.model.pretrained_model)  # one pass more, or less, is for all
         chunks = torch.arange(len(rollout), device=self.device).split(config.mini_batch_size)

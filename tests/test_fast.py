@@ -382,3 +382,19 @@ def test_adapters_that_are_off_or_merged_are_so_for_the_fast_sampler_too(nf4, ho
         trainer.unpacked = kept
     assert all(map(torch.equal, fast_way, plain_way)) and not all(map(torch.equal, fast_way, ordinary))
     assert all(response.drawn.weights is None for response in fast_way + plain_way)
+
+
+@onednn
+@pytest.mark.parametrize("unpacked_before", [False, True], ids=["first sampled merged", "first sampled before"])
+def test_after_merging_and_taking_it_back_sampler_and_trainer_agree_again(nf4, unpacked_before):
+    """PEFT puts other weights in place, and taking the adapters out again rounds once more."""
+    trainer = bf16_trainer(nf4(b_scale=0.5))
+    queries, lm = prompts(4), trainer.model.pretrained_model
+    if unpacked_before:
+        trainer.generate(queries)
+    lm.merge_adapter()
+    trainer.generate(queries)
+    lm.unmerge_adapter()
+    keep_gradients(lm)
+    stats = trainer.step(queries, trainer.generate(queries), [0.5, -0.5, 1.0, 0.0])
+    assert stats["objective/sampler_max_diff"] == 0

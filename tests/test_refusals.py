@@ -1,5 +1,6 @@
 """What a curious user hands over and must not: one sentence each, and a trainer that is as it was, random numbers included."""
 
+import dataclasses
 import shutil
 
 import numpy as np
@@ -94,14 +95,6 @@ CALLS = {
     "no scores": (lambda t: t.step(*tiny.batch()[:2], None), "scores is None; expected a list"),
     "scores by row": (lambda t: t.step(*tiny.batch()[:2], dict.fromkeys(range(4), 1.0)), "scores is {0: 1.0"),
     "an evaluation with one reward": (lambda t: evaluate(t, PROMPTS[:3], lambda p, r: [1.0]), r"gave \[1.0\] for 6 answers"),
-    "a query without an answer's room": (
-        lambda t: t.generate([torch.full((250,), 5)], max_new_tokens=10),
-        "query 0 has 250 tokens and its response 10; expected at most",
-    ),
-    "responses without room": (
-        lambda t: t.step(*([torch.full((200,), 5)] * 4 for _ in range(2)), [0.0] * 4),
-        "query 0 has 200 tokens and its response 200; expected at most",
-    ),
     "no pad token": (lambda t: t.generate(tiny.batch()[0], pad_token_id=None), "pad_token_id is None"),
     "a pad token that is text": (lambda t: t.generate(tiny.batch()[0], pad_token_id="x"), "pad_token_id is 'x'"),
     "a pad token that the model lacks": (
@@ -120,12 +113,25 @@ CALLS = {
     "nothing to inspect": (lambda t: t.inspect([], []), "no responses; expected at least one"),
     "prompts that are none": (lambda t: t.train(None, lengths), "prompts is None; expected a list"),
     "a prompt for four responses": (lambda t: t.step(*tiny.batch(), prompts=["a"]), "step: 1 prompts; expected"),
+    "TRL's masks, where prompts are": (lambda t: t.step(*tiny.batch(), torch.ones(4, 8)), r"step: prompts\[0\] is tensor"),
+    "prompts that are nothing": (lambda t: t.step(*tiny.batch(), prompts=[None] * 4), r"step: prompts\[0\] is None"),
+    "a set of prompts": (lambda t: t.train({*PROMPTS}, lengths), "prompts is {.*; expected a list"),
+    "a prompt to be judged twice": (
+        lambda t: evaluate(t, [*PROMPTS[:3], PROMPTS[0]], lengths),
+        r"prompts\[3\] is 't10 t11' again",
+    ),
+    "a number that is no list of queries": (lambda t: t.generate(torch.tensor(5)), "query: .*; expected a list"),
+    "nothing to inspect at all": (lambda t: t.inspect(None, None), "no responses; expected at least one"),
+    "a reward beyond numbers": (
+        lambda t: evaluate(t, PROMPTS[:3], lambda p, r: [10**400] * len(r)),
+        r"evaluate: scores\[0\] is 1000",
+    ),
     "one text to judge by": (lambda t: evaluate(t, "t5", lengths), "prompts is 't5'; expected a list"),
     "no samples": (lambda t: evaluate(t, PROMPTS[:3], lengths, samples=0), "samples is 0; expected a whole number from 1"),
     "an evaluation with no reward": (lambda t: evaluate(t, PROMPTS[:3], lambda p, r: None), "gave None for 6 answers"),
     "an evaluation in words": (
         lambda t: evaluate(t, PROMPTS[:3], lambda p, r: ["good"] * len(r)),
-        "gave .*good.* for 6 answers",
+        r"evaluate: scores\[0\] is 'good'",
     ),
     "something that JSON cannot keep": (
         lambda t: t.save("never", extra={"a": object()}),
@@ -240,9 +246,29 @@ def test_parts_that_make_no_trainer_get_a_sentence(parts, words):
         PPOTrainer(**whole | parts)
 
 
-def test_a_prompt_that_comes_twice_is_judged_once():
-    found = evaluate(tiny.trainer(), [PROMPTS[0], PROMPTS[1], PROMPTS[0]], lengths)
-    assert found.prompts == [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2 and found.by_prompt(found.rewards).shape == (2, 2)
+def test_what_lists_texts_is_a_list_of_texts():
+    subset = torch.utils.data.Subset(PROMPTS, [0, 2])  # it has __getitem__ and no __iter__
+    assert tiny.trainer().encode(subset)[0] == [PROMPTS[0], PROMPTS[2]]
+    assert tiny.trainer().encode(np.array(PROMPTS[:2]))[0] == PROMPTS[:2]
+
+
+def test_rotary_positions_have_no_end_and_learnt_ones_do():
+    queries = [torch.full((150,), 5)] * 4
+    long = tiny.trainer(llama(rope_scaling={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}))
+    assert len(long.generate(queries, max_new_tokens=2)) == 4
+    with pytest.raises(InputError, match="query 0 has 127 tokens and its response 5; expected at most 128 together"):
+        tiny.trainer(tiny.gpt2(n_positions=128)).generate([torch.full((127,), 5)], max_new_tokens=5)
+    with pytest.raises(InputError, match="query 0 has 100 tokens and its response 40; expected at most 128 together"):
+        gpt2 = tiny.trainer(tiny.gpt2(n_positions=128))
+        gpt2.step([torch.full((100,), 5)] * 4, [torch.full((40,), 5)] * 4, [0.0] * 4)
+
+
+def test_a_config_with_a_field_more_is_a_config():
+    @dataclasses.dataclass
+    class Mine(PPOConfig):
+        note: str = "mine"
+
+    assert Mine(learning_rate=1).learning_rate == 1.0
 
 
 @pytest.mark.parametrize(
@@ -254,7 +280,7 @@ def test_a_setting_is_refused_or_a_step_can_be_made_with_it(name, value):
     try:
         trainer = tiny.trainer(with_lora(llama(), b_scale=0.1), **{name: value})
     except InputError as error:
-        assert f"PPOConfig.{name} is " in str(error) and abs(value) > 1e30
+        assert f"PPOConfig.{name} is " in str(error) and (abs(value) > 1e30 or value < 0)
     else:
-        assert abs(value) <= 1e30 and type(getattr(trainer.config, name)) is float
+        assert (abs(value) <= 1e30 or name == "ratio_threshold") and type(getattr(trainer.config, name)) is float
         trainer.step(*tiny.batch())

@@ -314,6 +314,8 @@ def test_a_folder_without_the_weights_of_the_score_is_refused(tmp_path):
         (["a", None], ["b", "c"], r"prompts\[1\] is None; expected some text"),
         (["a"], [5], r"responses\[0\] is 5; expected some text"),
         (None, [], "prompts is None; expected a list"),
+        ({"a", "cat"}, {"dog", "sun"}, "prompts is {.*; expected a list"),
+        (np.array("a"), ["b"], "prompts is .*; expected a list"),
     ],
 )
 def test_texts_that_cannot_be_meant_are_refused(prompts, responses, words):

@@ -806,3 +806,24 @@ def test_200_steps_in_4_bits_leave_no_nan_in_weights_or_stats(nf4):
     wrong = [(row["step"], key) for row in trainer.history for key, number in row.items() if not math.isfinite(number)]
     assert wrong == [] and len(trainer.history) == 200
     assert sum(row["ppo/skipped_updates"] for row in trainer.history) == 0
+
+
+@pytest.mark.parametrize("where", ["rlhf_helpers.trainer.PPOTrainer._update", "rlhf_helpers.trainer.step_stats"])
+def test_an_error_after_weights_have_moved_says_that_half_a_step_is_in_them(where, monkeypatch):
+    trainer = tiny.trainer(tiny.with_lora(tiny.llama(), b_scale=0.2), ppo_epochs=2)
+    update = PPOTrainer._update
+    calls = []
+
+    def stopped(*args):
+        if "_update" in where and not calls:
+            calls.append(update(*args))
+            return calls[0]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(where, stopped)
+    with pytest.raises(KeyboardInterrupt) as error:
+        trainer.step(*tiny.batch())
+    assert "Step 1 ended inside, and a part of it is in the weights" in error.value.__notes__[0] and trainer.steps_done == 0
+    with pytest.raises(InputError) as error:
+        trainer.step([], [], [])
+    assert not hasattr(error.value, "__notes__")

@@ -268,7 +268,7 @@ def test_dpo_moves_the_adapters_in_fp32_and_prefers_the_chosen(nf4):
     assert all(p.any() for name, p in adapters.items() if "lora_B" in name)
 
 
-@pytest.mark.parametrize("batch_size, mini_batch_size", [(4, 8), (6, 4), (12, 4), (0, 1), (8, 2.0)])
+@pytest.mark.parametrize("batch_size, mini_batch_size", [(4, 8), (6, 4), (32, 16), (0, 1), (8, 2.0)])
 def test_dpo_refuses_sizes_that_do_not_fit(nf4, batch_size, mini_batch_size):
     policy = PolicyWithValueHead(nf4())
     before = {name: p.clone() for name, p in policy.named_parameters() if p.requires_grad}

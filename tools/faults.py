@@ -666,7 +666,7 @@ def nan(count, rng, folder, tally):
             clean = trainer.step(queries, responses, scores)
             tally.check(clean["ppo/skipped_updates"] == 0, f"{kind}, {where}: the next step does not learn")
         with hooked(trainer.model.pretrained_model.get_output_embeddings(), lambda: True, rng):
-            trainer.__dict__["unpacked"] = None  # the plain way, which the hook sees
+            trainer.unpacked = None  # the plain way, which the hook sees
             try:
                 trainer.generate(queries)
                 tally.check(False, f"{kind}, logits, when sampled: nobody noticed")
