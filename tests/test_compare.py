@@ -82,3 +82,10 @@ def test_the_plane_has_a_dot_for_every_run_and_best_of_n_as_a_line(home):
     one = compare.plane("headline", "dpo", names=dict.fromkeys(("frozen", "beta_1"), "all"), marks={"beta_1": "1"}).axes[0]
     assert [len(scatter.get_offsets()) for scatter in one.collections] == [3]  # one word, one colour
     assert [(text.get_text(), text.xy) for text in one.texts if text.get_text() == "1"] == [("1", (1.0, 0.0))]
+    shaped = compare.plane(
+        "headline", "dpo", names={"beta_1": "dear", "frozen": "free"}, shapes={"frozen": "slow", "beta_1": "fast"}
+    )
+    legend = [text.get_text() for text in shaped.axes[0].get_legend().get_texts()]
+    assert legend == ["dear", "free", "fast", "slow"]  # colours in the order of names, then the shapes
+    places = [scatter.get_offsets().tolist() for scatter in shaped.axes[0].collections if len(scatter.get_offsets())]
+    assert places == [[[1.0, 0.0]], [[2.0, 2.0]], [[3.0, 2.0]]]

@@ -4,6 +4,7 @@ the plane of KL and gold. docs/experiments.md and notebook 08 are made with it."
 import math
 
 import numpy as np
+from matplotlib import colormaps
 
 from rlhf_helpers.course import plots
 from rlhf_helpers.course.experiments import EXPERIMENTS
@@ -103,16 +104,19 @@ def not_made(*experiments):
 
 
 def by_rate(experiment):
-    """`names` and `marks` of the plane for runs at several learning rates and prices: a colour for each rate, the price beside a dot."""
+    """`names` and `shapes` of the plane for runs at several prices and learning rates: a colour for each price, dark to light, and a
+    shape for each rate."""
     settings = {log.head["condition"]: log.head["config"] for log in logs_of(experiment)}
-    names = {name: f"learning rate {how['learning_rate']:g}, with its price" for name, how in settings.items()}
-    return dict(names=names, marks={name: f"{how['init_kl_coef']:g}" for name, how in settings.items()})
+    settings = dict(sorted(settings.items(), key=lambda item: item[1]["init_kl_coef"]))
+    names = {name: f"price {how['init_kl_coef']:g}" for name, how in settings.items()}
+    return dict(names=names, shapes={name: f"learning rate {how['learning_rate']:g}" for name, how in settings.items()})
 
 
-def plane(*experiments, names=None, marks=None):
+def plane(*experiments, names=None, marks=None, shapes=None):
     """Gold over the square root of KL (Gao et al. 2023, arXiv:2210.10760): every run of the experiments as a dot, their conditions
     in colours, and best of n of the untrained model as a line. `names` are other words for conditions, one word for several makes
-    them one colour; `marks` are words beside the dots of a condition. None without logs."""
+    them one colour; `marks` are words beside the dots of a condition. With `shapes`, the shape is by these words, and the colours are
+    a scale in the order of `names`. None without logs."""
     logs = [log for experiment in experiments for log in logs_of(experiment)]
     if not logs or base(logs[0].after["split"]) is None:
         return None
@@ -129,18 +133,30 @@ def plane(*experiments, names=None, marks=None):
         )
     label = lambda log: (names or {}).get(log.head["condition"], log.head["condition"])
     labels = list(dict.fromkeys(map(label, logs)))
+    colours = COLOURS
+    if shapes:
+        labels = [name for name in dict.fromkeys(names.values()) if name in labels]
+        colours = [colormaps["viridis"](place) for place in np.linspace(0, 0.92, len(labels))]
+    markers = dict(zip(sorted(set((shapes or {}).values())), "os^DvP*"))
     for number, name in enumerate(labels):
         own = [log for log in logs if label(log) == name]
         x, y = [math.sqrt(max(log.kl, 0)) for log in own], [log.gold.mean() for log in own]
-        colour, marker = COLOURS[number % len(COLOURS)], "os^DvP*"[number % 7]
-        axis.scatter(x, y, color=colour, marker=marker, s=26, label=name, zorder=3)
+        colour = colours[number % len(colours)]
+        if shapes:
+            axis.scatter([], [], color=colour, marker="o", s=26, label=name)
+            for log, *place in zip(own, x, y):
+                axis.scatter(*place, color=colour, marker=markers[shapes[log.head["condition"]]], s=26, zorder=3)
+        else:
+            axis.scatter(x, y, color=colour, marker="os^DvP*"[number % 7], s=26, label=name, zorder=3)
         for log, *place in zip(own, x, y):
             if mark := (marks or {}).get(log.head["condition"]):
                 axis.annotate(mark, place, (5, -3), textcoords="offset points", fontsize=8, color=colour)
+    for shape, marker in markers.items():
+        axis.scatter([], [], color=plots.GREY, marker=marker, s=26, label=shape)
     axis.set_xlabel("KL, nats an answer (axis: its square root)", fontsize=9)
     axis.set_ylabel(f"gold on {logs[0].after['split']} prompts, mean of a run", fontsize=9)
     most = max(log.kl for log in logs)
-    ticks = [t for t in (0, 0.25, 1, 2, 4, 6, 9, 12, 16, 25, 50, 100, 200) if t <= 1.2 * most + 1]
+    ticks = [t for t in (0, 0.25, 1, 2, 4, 6, 9, 12, 16, 25, 36, 50, 100, 200) if t <= 1.2 * most + 1]
     axis.set_xticks([math.sqrt(t) for t in ticks], [f"{t:g}" for t in ticks])
     axis.tick_params(labelsize=8)
     if len(labels) > 1 or names:
