@@ -96,8 +96,8 @@ def gae_advantages(rollout, config, total=ppo.alone):
 
 
 def checked_batch(queries, responses, scores, size, config, expected=None, prompts=None):
-    """(queries, responses, scores) of one step as lists of `size` CPU LongTensors and one float tensor (B,). `config`: a text model's.
-    Raises InputError that names the row."""
+    """(queries, responses, scores, prompts) of one step: lists of `size` CPU LongTensors, one float tensor (B,), a list of str or
+    None. `config`: a text model's. Raises InputError that names the row."""
     all_given = dict(queries=queries, responses=responses, scores=scores)
     if prompts is not None:
         prompts = all_given["prompts"] = checked_list("step: prompts", prompts)
@@ -114,7 +114,7 @@ def checked_batch(queries, responses, scores, size, config, expected=None, promp
     scores = checked_scores("step", scores)
     queries, responses = checked_ids("query", queries, config.vocab_size), checked_ids("response", responses, config.vocab_size)
     check_room(config, queries, map(len, responses))
-    return queries, responses, scores
+    return queries, responses, scores, prompts
 
 
 def checked_call(queries, config, text, max_new_tokens, batch_size, temperature, greedy, **options):

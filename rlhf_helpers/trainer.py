@@ -185,13 +185,14 @@ class PPOTrainer:
         config, clock, tokenizer = self.config, clock or Clock(), self.tokenizer
         expected = f"{size}" if size != config.batch_size else f"PPOConfig.batch_size = {size}"
         drawn, text = responses, self.model.config.get_text_config()
-        queries, responses, scores = checked_batch(queries, responses, scores, size, text, expected, prompts)
+        given = checked_batch(queries, responses, scores, size, text, expected, prompts)
+        queries, responses, scores, prompts = given
         weights = digest(self.parameters)
         notes = sampling.how_drawn(queries, drawn, config.temperature, weights)
         scores = clipped_scores(scores, responses, config, self.eos_ids)
         rollout = collate(queries, responses, scores, tokenizer.pad_token_id, self.device)
         rollout.weights, rollout.texts = weights, self.decode(responses)
-        rollout.prompts = tokenizer.batch_decode(queries) if prompts is None else list(prompts)
+        rollout.prompts = tokenizer.batch_decode(queries) if prompts is None else prompts
         rollout.sampler_logprobs, hidden = sampling.padded(notes, self.device)
         skip = skip and everywhere(hidden is not None, self.model.pretrained_model)  # one pass more, or less, is for all
         chunks = torch.arange(len(rollout), device=self.device).split(config.mini_batch_size)

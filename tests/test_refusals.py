@@ -250,6 +250,9 @@ def test_what_lists_texts_is_a_list_of_texts():
     subset = torch.utils.data.Subset(PROMPTS, [0, 2])  # it has __getitem__ and no __iter__
     assert tiny.trainer().encode(subset)[0] == [PROMPTS[0], PROMPTS[2]]
     assert tiny.trainer().encode(np.array(PROMPTS[:2]))[0] == PROMPTS[:2]
+    trainer = tiny.trainer()
+    trainer.step(*tiny.batch(), prompts=(prompt for prompt in PROMPTS[:4]))  # it can be gone through once
+    assert trainer.rollout.prompts == PROMPTS[:4]
 
 
 def test_rotary_positions_have_no_end_and_learnt_ones_do():
