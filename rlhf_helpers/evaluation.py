@@ -111,7 +111,8 @@ def evaluate_here(trainer, prompts, reward_fn, seed, batch_size, reference):
     rewards = reward_fn(prompts, texts)
     if not hasattr(rewards, "__iter__") or len(rewards := list(rewards)) != len(texts):
         raise InputError(f"the reward function gave {shown(rewards)} for {len(texts)} answers; expected a number for each")
-    rewards = checked_scores("evaluate", rewards).tolist()
+    checked_scores("evaluate", rewards)
+    rewards = [float(score) for score in rewards]  # as precise as they came
     return list(zip(texts, rewards, map(gold_reward, prompts, texts), kl, strict=True))
 
 

@@ -287,3 +287,7 @@ def test_a_setting_is_refused_or_a_step_can_be_made_with_it(name, value):
     else:
         assert (abs(value) <= 1e30 or name == "ratio_threshold") and type(getattr(trainer.config, name)) is float
         trainer.step(*tiny.batch())
+
+
+def test_rewards_of_an_evaluation_stay_as_precise_as_they_came():
+    assert set(evaluate(tiny.trainer(), PROMPTS[:2], lambda p, r: [0.1] * len(r)).rewards.tolist()) == {0.1}
