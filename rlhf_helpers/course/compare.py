@@ -4,7 +4,6 @@ the plane of KL and gold. docs/experiments.md and notebook 08 are made with it."
 import math
 
 import numpy as np
-from matplotlib import colormaps
 
 from rlhf_helpers.course import plots
 from rlhf_helpers.course.experiments import EXPERIMENTS
@@ -136,7 +135,7 @@ def plane(*experiments, names=None, marks=None, shapes=None):
     colours = COLOURS
     if shapes:
         labels = [name for name in dict.fromkeys(names.values()) if name in labels]
-        colours = [colormaps["viridis"](place) for place in np.linspace(0, 0.92, len(labels))]
+        colours = [plots.colormaps["viridis"](place) for place in np.linspace(0, 0.92, len(labels))]
     markers = dict(zip(sorted(set((shapes or {}).values())), "os^DvP*"))
     for number, name in enumerate(labels):
         own = [log for log in logs if label(log) == name]
