@@ -28,14 +28,15 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from rlhf_helpers.config import CPU, project_root
-from rlhf_helpers.course.experiments import EXPERIMENTS, Run, log_file, missing
-from rlhf_helpers.course.runs import KEPT, SPLITS, read_log, write_log
+from rlhf_helpers.course.experiments import EXPERIMENTS, SCORED, Run, log_file, missing
+from rlhf_helpers.course.runs import KEPT, SPLITS, logs_of, read_log, write_log
 from rlhf_helpers.data import load_preferences, load_prompts
 from rlhf_helpers.errors import InputError
 from rlhf_helpers.files import find_whole
 from rlhf_helpers.machine import processor
 from rlhf_helpers.run import digest_of_folder
 
+EVERY = EXPERIMENTS | SCORED
 JUDGE = project_root() / "output" / "reward_model_pairwise"  # training it anew may give slightly other weights: 1 or 2 threads
 
 
@@ -63,6 +64,7 @@ def rescore(folder):
     reward_model, judge = RewardModel.load(folder), digest_of_folder(find_whole(folder))
     judged_too(folder)
     others = sorted(set((project_root() / "data" / "runs").glob("*/*.jsonl.gz")) - set(base_logs()))
+    others = [path for path in others if path.parent.name not in SCORED]  # what a reward model said is no answer to score
     for path in [*others, *base_logs()]:
         log = read_log(path)
         if log.after.get("judge") != judge:
@@ -159,6 +161,19 @@ def make_base(split, samples):
     write_log(log_file(Run("base", split, 0)), dict(experiment="base", condition=split, seed=0, samples=samples), [], after)
 
 
+def make_scores(run):
+    """What a reward model says of the untrained model's answers and of the test pairs, and its log."""
+    from rlhf_helpers.course.variants import reward_named
+
+    reward_model, (base,) = reward_named(run.reward, run.seed), logs_of("base", run.split)
+    pairs = load_preferences(project_root() / "data" / "pairwise_prefs_test.jsonl")
+    prompts, rounded = [pair["prompt"] for pair in pairs], lambda scores: [round(score, 4) for score in scores.tolist()]
+    after = {side: rounded(reward_model(prompts, [pair[side] for pair in pairs])) for side in ("chosen", "rejected")}
+    after |= dict(split=run.split, rewards=rounded(reward_model(base.judged, base.after["responses"])))
+    head = dict(experiment=run.experiment, condition=run.condition, seed=run.seed, reward=run.reward, machine=processor())
+    write_log(log_file(run), head, [], after)
+
+
 def part(text):
     """(K, N) of "K/N"."""
     try:
@@ -174,7 +189,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="make everything that is missing")
     parser.add_argument("--list", action="store_true", help="say what is missing")
-    parser.add_argument("--only", nargs="+", metavar="EXPERIMENT", choices=list(EXPERIMENTS))
+    parser.add_argument("--only", nargs="+", metavar="EXPERIMENT", choices=list(EVERY))
     parser.add_argument("--seeds", nargs="+", type=int)
     parser.add_argument("--conditions", nargs="+", metavar="CONDITION", help="of the experiments named, these alone")
     parser.add_argument(
@@ -187,8 +202,8 @@ def main():
             return rescore(options.rescore)
         except InputError as error:
             parser.error(f"argument --rescore: {error}")
-    names = options.only or list(EXPERIMENTS)
-    known = list(dict.fromkeys(run.condition for name in names for run in EXPERIMENTS[name]))
+    names = options.only or list(EVERY)
+    known = list(dict.fromkeys(run.condition for name in names for run in EVERY[name]))
     if unknown := [condition for condition in options.conditions or () if condition not in known]:
         parser.error(f"argument --conditions: {unknown[0]!r} is no condition here; expected some of {', '.join(known)}")
     if options.list or not (options.all or options.only):
@@ -197,9 +212,9 @@ def main():
             left = missing(name)
             minutes = sum(run.minutes for run in left)
             total += minutes
-            runs = len(EXPERIMENTS[name])
-            print(f"{name:12s} {runs - len(left):3d} of {runs:3d} runs made, {minutes:5.0f} minutes left")
-        print(f"{'':12s} {total / 60:.1f} hours left on two CPU cores")
+            runs = len(EVERY[name])
+            print(f"{name:13s} {runs - len(left):3d} of {runs:3d} runs made, {minutes:5.0f} minutes left")
+        print(f"{'':13s} {total / 60:.1f} hours left on two CPU cores")
         return
     from rlhf_helpers import trl_bridge
     from rlhf_helpers.reward import ensure_reward_model
@@ -213,6 +228,8 @@ def main():
                     print(f"left out: {why}", flush=True)
                 elif run.experiment == "base":
                     make_base(run.condition, run.samples)
+                elif run.experiment in SCORED:
+                    make_scores(run)
                 else:
                     ensure_reward_model()
                     judged_too(JUDGE)

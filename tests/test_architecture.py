@@ -48,6 +48,7 @@ FLOORS = {
         "course.two_processes",
         "course.variants",
         "course.compare",
+        "course.judges",
         "course.capstone",
         "dpo",
     ),
@@ -63,7 +64,7 @@ SAME_FLOOR = {("pairwise", "reward"), ("reward", "pairwise"), ("data", "errors")
               ("course.exercises", "course.first_exercises"),
               ("course.exercises", "course.more_exercises"), ("course.exercises", "course.part_exercises"),
               ("course.exercises", "course.loop_exercises"), ("course.exercises", "course.capstone_exercises"),
-              ("course.variants", "course.capstone"), ("course.capstone", "course.compare")}  # fmt: skip
+              ("course.variants", "course.capstone"), ("course.capstone", "course.compare"), ("course.judges", "course.compare")}  # fmt: skip
 
 
 def imports(path):

@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from rlhf_helpers.course import compare, run_figures
+from rlhf_helpers.course import compare, judges, run_figures
 from rlhf_helpers.course.compare import (
     SIZES,
     base,
@@ -25,7 +25,7 @@ from rlhf_helpers.course.compare import (
     spread,
     verdict,
 )
-from rlhf_helpers.course.experiments import EXPERIMENTS, missing
+from rlhf_helpers.course.experiments import EXPERIMENTS, SCORED, missing
 from rlhf_helpers.course.gold import gold_parts, gold_reward, is_whole
 from rlhf_helpers.course.runs import logs_of
 from rlhf_helpers.data import read_jsonl
@@ -220,6 +220,54 @@ def at_what_cost(experiment):
     return [table(head, rows)] if rows else []
 
 
+def reward_models():
+    """Reward models by themselves: how each ranks the test pairs, and what the best of n by its choice is worth."""
+    conditions = dict.fromkeys(log.head["condition"] for log in logs_of("reward_models"))
+    rows = [
+        judged_by(condition) for condition in sorted(conditions, key=lambda name: [run.condition for run in LISTED].index(name))
+    ]
+    head = ["reward model", "how many", "test pairs ranked right", "r with gold", "gold, best of 4", "gold, best of 16",
+            "best of 16 against the course's"]  # fmt: skip
+    return table(head, rows) if rows else NONE_YET
+
+
+LISTED = SCORED["reward_models"]
+
+
+def judged_by(condition):
+    """A row of `reward_models`."""
+    logs, scores = logs_of("reward_models", condition), judges.scores_of(condition)
+    across = lambda values: f"{np.mean(values):.2f}" + (f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else "")
+    best = {n: judges.gold_of_best(scores, n) for n in (4, 16)}
+    course = judges.scores_of("course")
+    apart = "" if condition == "course" or course is None else verdict(best[16] - judges.gold_of_best(course, 16))
+    return [condition, len(logs), across([judges.accuracy(log) for log in logs]), across(judges.correlations(scores)[1]),
+            *(across(values.mean(1)) for values in best.values()), apart]  # fmt: skip
+
+
+def ensemble_of_five():
+    """The five reward models on resampled pairs as one, by the best of n of the untrained model: against each alone, and the course's."""
+    scores, course = judges.scores_of("resampled"), judges.scores_of("course")
+    if scores is None or course is None or len(scores) < 5:
+        return NONE_YET
+    rows, between = [], judges.correlations(scores)[0]
+    for how, together in judges.HOW.items():
+        one = together(scores)
+        best = {n: judges.gold_of_best(one, n) for n in (4, 16)}
+        alone, single = judges.gold_of_best(scores, 16).mean(0), judges.gold_of_best(course, 16)[0]
+        apart = [best[16] - alone, best[16] - single]
+        told = [
+            spread(interval := mean_interval(values)) + (": a tie" if interval[1][0] <= 0 <= interval[1][1] else "")
+            for values in apart
+        ]
+        rows.append([f"{how} of five", *(f"{values.mean():.2f}" for values in best.values()), *told])
+    head = ["", "gold, best of 4", "gold, best of 16", "best of 16 against a member alone", "best of 16 against the course's"]
+    return (
+        f"Errors (what of a score a line in gold does not explain) of two members: r = {between.mean():.2f} on average "
+        f"({between.min():.2f} to {between.max():.2f}, ten pairs).\n\n" + table(head, rows)
+    )
+
+
 # ---------------------------------------------------------------- figures
 
 
@@ -228,7 +276,8 @@ def with_figure(experiment, text):
     if text == NONE_YET:
         return text
     alt = {
-        "counting": "Score and gold over the steps, a line a run: without a price the score climbs to 9 and more, and the gold falls to 0"
+        "counting": "Score and gold over the steps, a line a run: without a price the score climbs to 9 and more, and the gold falls to 0",
+        "reward_models": "Gold of the best of n over n, a line for each number of pairs that the choosing reward model was trained on",
     }.get(
         experiment,
         f"Gold over the square root of KL: the runs of {experiment} as dots, best of n of the untrained model as a line",
@@ -242,6 +291,9 @@ def draw(folder):
     of = dict(
         prices=lambda: plane("prices", **compare.by_rate("prices")),
         counting=lambda: run_figures.paid_and_wanted(by_condition("counting")),
+        reward_models=lambda: judges.gold_over_n(
+            {"all 856 pairs": "course"} | {f"{n} pairs": f"pairs_{n}" for n in (600, 300, 150, 75)}
+        ),
     )
     for experiment in filter(logs_of, DRAWN):
         if figure := of.get(experiment, lambda name=experiment: plane(name))():
@@ -252,10 +304,10 @@ def draw(folder):
 def still_to_make():
     """What is listed and has no log."""
     rows = []
-    for name in EXPERIMENTS:
+    for name, every in (EXPERIMENTS | SCORED).items():
         left = missing(name)
         if left:
-            rows.append([name, f"{len(left)} of {len(EXPERIMENTS[name])}", f"{sum(run.minutes for run in left):.0f}"])
+            rows.append([name, f"{len(left)} of {len(every)}", f"{sum(run.minutes for run in left):.0f}"])
     return table(["experiment", "runs missing", "minutes, about"], rows) if rows else "Nothing: every run is made."
 
 
@@ -268,10 +320,12 @@ BLOCKS = dict(
     parts=parts,
     read_pairs=read_pairs,
     samples=samples,
+    reward_models=reward_models,
+    ensemble_of_five=ensemble_of_five,
     still_to_make=still_to_make,
 )
 BLOCKS |= {name: (lambda name=name: compared(name)) for name in EXPERIMENTS if name not in BLOCKS and name != "base"}
-DRAWN = [name for name in EXPERIMENTS if name != "base"]
+DRAWN = [name for name in EXPERIMENTS | SCORED if name != "base"]
 BLOCKS |= {name: (lambda name=name, made=BLOCKS[name]: with_figure(name, made())) for name in DRAWN}
 
 

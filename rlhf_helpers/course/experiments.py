@@ -34,7 +34,8 @@ def log_file(run):
 
 def missing(experiment, part=1, parts=1):
     """The runs of an experiment without a log; of `parts` parts of all its runs the `part`-th."""
-    return [run for run in EXPERIMENTS[experiment][part - 1 :: parts] if not log_file(run).exists()]
+    every = (EXPERIMENTS | SCORED)[experiment]
+    return [run for run in every[part - 1 :: parts] if not log_file(run).exists()]
 
 
 def each(experiment, conditions, seeds, **common):
@@ -146,4 +147,13 @@ EXPERIMENTS = {
     "ensembles": each("ensembles", ENSEMBLES, range(3)),
     "samplers": each("samplers", SAMPLERS, range(3)),
     "capstone": each("capstone", CAPSTONE, [0]),
+}
+
+# No policy is trained here: what each reward model says of the untrained model's answers to the test prompts, and of the test pairs.
+SCORED = {
+    "reward_models": [
+        Run("reward_models", "course", 0, minutes=1),
+        *each("reward_models", {name: dict(reward=name) for name in SIZES}, range(3), minutes=4),
+        *each("reward_models", {"resampled": dict(reward="resampled")}, range(5), minutes=4),
+    ]
 }

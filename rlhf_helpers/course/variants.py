@@ -157,14 +157,16 @@ class Ensemble:
         return (raw - self.mean) / self.std
 
 
-def ensemble(how, size=5):
-    """Five reward models on pairs drawn anew with replacement: members that saw the same pairs would err alike."""
+def resampled(member):
+    """A reward model on as many pairs as there are, drawn anew with replacement: members that saw the same pairs would err alike."""
     every = load_preferences(project_root() / DATA_FILE)
-    members = []
-    for member in range(size):
-        drawn = torch.randint(len(every), (len(every),), generator=torch.Generator().manual_seed(member)).tolist()
-        members.append(kept(f"resampled_{member}", [every[i] for i in drawn], member))
-    return Ensemble(members, how, every)
+    drawn = torch.randint(len(every), (len(every),), generator=torch.Generator().manual_seed(member)).tolist()
+    return kept(f"resampled_{member}", [every[i] for i in drawn], member)
+
+
+def ensemble(how, size=5):
+    """Five `resampled` reward models as one."""
+    return Ensemble([resampled(member) for member in range(size)], how, load_preferences(project_root() / DATA_FILE))
 
 
 def kept(name, pairs, seed, **options):
@@ -191,7 +193,7 @@ class CountsWarmWords:
 
 def reward_named(name, seed):
     """The reward function of a run: "model" (the course's), "random", "warm_words", "labelled" (the capstone's, from 50 pairs),
-    "pairs_N", "ensemble_mean", "ensemble_min"."""
+    "pairs_N", "resampled", "ensemble_mean", "ensemble_min"."""
     if name == "warm_words":
         return CountsWarmWords(load_preferences(project_root() / DATA_FILE))
     if name == "random":  # placebo: as spread as the reward model's scores are, and about nothing
@@ -202,6 +204,8 @@ def reward_named(name, seed):
         return kept("labelled", capstone.stand_in(pairs).preferences(pairs), 0, **capstone.TRAINING)
     if name.startswith("pairs_"):
         return small_reward_model(int(name.removeprefix("pairs_")), seed)
+    if name == "resampled":
+        return resampled(seed)
     if name.startswith("ensemble_"):
         return ensemble(name.removeprefix("ensemble_"))
     return ensure_reward_model()
