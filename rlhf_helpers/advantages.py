@@ -22,7 +22,7 @@ def batch_mean(rollout, config, total=ppo.alone):
 
 
 def leave_one_out(rollout, config, total=ppo.alone):
-    """The return less the mean of the prompt's other responses (RLOO)."""
+    """The return less the mean of the prompt's other responses (RLOO; Kool et al. 2019)."""
     k, groups = config.num_generations, by_prompt(rollout, config)
     return of_responses(rollout, (groups - groups.mean(1, keepdim=True)) * k / (k - 1), total)
 
