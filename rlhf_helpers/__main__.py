@@ -152,7 +152,8 @@ def checked(options):
     prompts_file = given("prompts", lambda: course_file(profile.prompts))
     heldout_file = given("heldout", lambda: course_file(profile.heldout_prompts))
     prompts, heldout = load_prompts(prompts_file), load_prompts(heldout_file)
-    prompts = [prompt for prompt in prompts if prompt not in set(heldout)]
+    kept_back = set(heldout)
+    prompts = [prompt for prompt in prompts if prompt not in kept_back]
     if not prompts:
         raise InputError(f"{prompts_file}: every prompt is held out in {heldout_file}; expected others to train on")
     output = Path(options.output)

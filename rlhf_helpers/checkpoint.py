@@ -59,6 +59,8 @@ def save_checkpoint(trainer, folder, extra=None):
             raise InputError(
                 f"{folder}: not saved: {name} has numbers that are not finite; the last whole one, if there was one, is kept"
             )
+    checked_config(f"{folder}: not saved", vars(trainer.config))
+    checked_history(lambda number: f"{folder}: not saved: history row {number}", trainer.history, trainer.steps_done)
     everyones = gather_object([random_states(trainer)])
     failed = None
     if trainer.accelerator.is_main_process:
@@ -160,9 +162,11 @@ def load_checkpoint(trainer, folder, strict=True):
 def _check_adapters(folder, lm):
     """Their shapes alone would fit adapters of another strength, too."""
     here = getattr(lm, "active_peft_config", None)
-    there = read_json(folder / "adapter_config.json") if here else {}
+    name = getattr(lm, "active_adapter", None)
+    place = folder if name in (None, "default") else folder / name  # where PEFT writes it
+    there = read_json(place / "adapter_config.json") if here else {}
     if not isinstance(there, dict):
-        raise InputError(f"{folder / 'adapter_config.json'}: a {type(there).__name__}; expected an object")
+        raise InputError(f"{place / 'adapter_config.json'}: a {type(there).__name__}; expected an object")
     for name in ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora"):
         if name in there and there[name] != getattr(here, name, None):
             raise InputError(
@@ -221,34 +225,45 @@ def _read(folder):
     need("num_processes", lambda value: whole(value) and 1 <= value < 2**16, "a whole number from 1")
     need("extra", lambda value: isinstance(value, dict), "an object")
     need("config", lambda value: isinstance(value, dict), "an object")
-    fields = vars(PPOConfig()).keys()
-    for name in [*(fields - about["config"].keys()), *(about["config"].keys() - fields)]:
-        raise InputError(
-            f"{path}: config {'lacks' if name in fields else 'has'} {shown(name)}; expected the fields of PPOConfig"
-        )
-    try:
-        PPOConfig(**about["config"])
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+    checked_config(path, about["config"])
     return folder, about
 
 
-def _read_history(folder, steps_done):
-    """The rows of history.jsonl, one for each of the steps done, or for fewer where a history was emptied on the way."""
-    path = folder / "history.jsonl"
-    empty = path.is_file() and path.stat().st_size == 0
-    rows, last = [] if empty else read_jsonl(path), 0
+def checked_config(where, config):
+    """Raises InputError, which begins with `where`, unless a dict is that of a PPOConfig. What is loaded is checked, and what is saved:
+    a checkpoint that could not be loaded would have taken the place of the last whole one."""
+    fields = vars(PPOConfig()).keys()
+    for name in [*(fields - config.keys()), *(config.keys() - fields)]:
+        raise InputError(
+            f"{where}: config {'lacks' if name in fields else 'has'} {shown(name)}; expected the fields of PPOConfig"
+        )
+    try:
+        PPOConfig(**config)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def checked_history(where, rows, steps_done):
+    """The rows of a history, one for each of the steps done, or for fewer where it was emptied on the way. Raises InputError, which
+    begins with `where(number)`, for a row that is none."""
+    last = 0
     for number, row in enumerate(rows, start=1):
         step = row.get("step")
         if type(step) is not int or not last < step <= steps_done:
-            raise InputError(f"{path}:{number}: step is {shown(step)}; expected a whole number from {last + 1} to {steps_done}")
+            raise InputError(f"{where(number)}: step is {shown(step)}; expected a whole number from {last + 1} to {steps_done}")
         for name, value in row.items():
             if not isinstance(value, (int, float)):
-                raise InputError(f"{path}:{number}: field {shown(name)} is a {type(value).__name__}; expected a number")
+                raise InputError(f"{where(number)}: field {shown(name)} is a {type(value).__name__}; expected a number")
         if "objective/kl" not in row:
-            raise InputError(f"{path}:{number}: no field 'objective/kl'; expected the stats of a step")
+            raise InputError(f"{where(number)}: no field 'objective/kl'; expected the stats of a step")
         last = step
     return rows
+
+
+def _read_history(folder, steps_done):
+    path = folder / "history.jsonl"
+    empty = path.is_file() and path.stat().st_size == 0
+    return checked_history(lambda number: f"{path}:{number}", [] if empty else read_jsonl(path), steps_done)
 
 
 def _read_tensors(trainer, folder, processes, steps_done, kl_coef, history):

@@ -13,7 +13,7 @@ from rlhf_helpers.errors import InputError
 from rlhf_helpers.files import shown
 from rlhf_helpers.intervals import mean_interval
 from rlhf_helpers.machine import peak_megabytes
-from rlhf_helpers.rollout import checked_scores
+from rlhf_helpers.rollout import checked_scores, gae_advantages, is_list
 from rlhf_helpers.sampling import check_whole
 from rlhf_helpers.shard import is_sharded
 
@@ -106,13 +106,16 @@ def evaluate_here(trainer, prompts, reward_fn, seed, batch_size, reference):
             batch = queries[start : start + batch_size]
             responses = trainer.generate(batch, generator=generator, reference=reference)
             texts += trainer.decode(responses)
-            kl += [0.0] * len(batch) if reference else kl_of(trainer.inspect(batch, responses))
+            of = lambda: kl_of(trainer.inspect(batch, responses, advantages=gae_advantages))  # groups may be cut here
+            kl += [0.0] * len(batch) if reference else of()
             done.update(len(batch))
-    rewards = reward_fn(prompts, texts)
-    if not hasattr(rewards, "__iter__") or len(rewards := list(rewards)) != len(texts):
+    rewards = reward_fn(list(prompts), list(texts))
+    if not is_list(rewards) or len(rewards := list(rewards)) != len(texts):
         raise InputError(f"the reward function gave {shown(rewards)} for {len(texts)} answers; expected a number for each")
     checked_scores("evaluate", rewards)
-    rewards = [float(score) for score in rewards]  # as precise as they came
+    rewards = [
+        score.item() if hasattr(score, "item") else float(np.reshape(score, ())) for score in rewards
+    ]  # as precise as they came
     return list(zip(texts, rewards, map(gold_reward, prompts, texts), kl, strict=True))
 
 

@@ -42,11 +42,13 @@ def can_unpack(lm):
         return False
     if not isinstance(lm, PeftModel):
         return True
+    if len(lm.active_adapters) != 1:
+        return False
     config = lm.active_peft_config
     adapted = {id(linear(layer, name)) for layer in base.model.layers for names in STACKS for name in names}
     known = all(id(module) in adapted for module in base.modules() if hasattr(module, "lora_A"))
     simple = config.peft_type == "LORA" and not (config.use_dora or config.modules_to_save or config.lora_bias)
-    return known and simple and len(lm.active_adapters) == 1
+    return known and simple
 
 
 def has_onednn():
@@ -113,8 +115,8 @@ def adapters_of(modules):
     diagonal, and nothing but zeros for parts of the stack without an adapter; scaling is one number for each column."""
     downs, ups, scalings = [], [], []
     for module in modules:
-        if hasattr(module, "lora_A"):
-            name = module.active_adapters[0]
+        if any(name in module.lora_A for name in getattr(module, "active_adapters", ())):
+            name = next(name for name in module.active_adapters if name in module.lora_A)
             downs.append(module.lora_A[name].weight)
             ups.append(module.lora_B[name].weight)
             scalings += [module.scaling[name]] * len(ups[-1])

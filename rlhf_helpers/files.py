@@ -25,13 +25,20 @@ class NotWritten(InputError, OSError):
 
 @contextlib.contextmanager
 def whole_folder(folder, sign):
-    """Gives a new folder beside `folder` to write into, `<name>.part`, which takes the place of `folder` when all went well.
+    """Gives a new folder beside `folder` to write into, `.<name>.part`, which takes the place of `folder` when all went well.
 
     The old folder is `aside(folder)` between two renames, where `find_whole` looks; left-overs of killed saves are removed. A
-    folder that holds something and no file `sign` is nobody's former save: InputError, and it is not touched. An OSError becomes
-    NotWritten, one sentence with its reason."""
+    folder that holds something and no file `sign` is nobody's former save: InputError, and it is not touched; so is one that
+    another process is saving to. An OSError becomes NotWritten, one sentence with its reason."""
     place = Path(os.path.realpath(folder))
-    beside, old = place.with_name(place.name + ".part"), aside(place)
+    beside, old = place.with_name(f".{place.name}.part"), aside(place)
+    with contextlib.ExitStack() as held:
+        if beside.is_dir():  # of a save that was killed, or of one that is at work
+            hold(beside, held, f"{folder}: another save to it is under way; expected one at a time, or another folder")
+        yield from _swapped(folder, sign, place, beside, old, held)
+
+
+def _swapped(folder, sign, place, beside, old, held):
     try:
         if old.is_dir() and not place.exists():  # a save was killed between its two renames
             old.rename(place)
@@ -43,6 +50,7 @@ def whole_folder(folder, sign):
             )
         _remove(beside)
         beside.mkdir(parents=True)
+        hold(beside, held, f"{folder}: another save to it has begun; expected one at a time, or another folder")
         yield beside
         flush(beside)
         if place.exists():
@@ -61,9 +69,9 @@ def whole_folder(folder, sign):
 
 @contextlib.contextmanager
 def whole_file(path):
-    """Gives a path beside `path`, `<name>.part`, to write one file to, which takes the place of `path` when all went well."""
+    """Gives a path beside `path`, `.<name>.part`, to write one file to, which takes the place of `path` when all went well."""
     place = Path(os.path.realpath(path))
-    beside = place.with_name(place.name + ".part")
+    beside = place.with_name(f".{place.name}.part")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         yield beside
@@ -92,6 +100,35 @@ def raise_written(path, error):
         return
     why = os.strerror(int(code[1])) if code else reason(error)
     raise NotWritten(f"{path}: could not be written ({why}); the last whole one, if there was one, is kept") from error
+
+
+def lock(file):
+    """Take a lock on an open file, or a descriptor, that ends with this process; BlockingIOError or PermissionError if another has
+    it. Where the file system has none, nobody is kept out."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        return msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:  # some network file systems
+        pass
+
+
+def hold(folder, held, refusal):
+    """Lock a folder until `held`, an ExitStack, is left. Raises InputError, `refusal`, if another process has it. Where folders cannot
+    be locked (Windows), nobody is kept out."""
+    with contextlib.suppress(PermissionError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        held.callback(os.close, descriptor)
+        try:
+            lock(descriptor)
+        except BlockingIOError:
+            raise InputError(refusal) from None
 
 
 def flush(folder):
@@ -131,7 +168,7 @@ def aside(folder):
 
 def find_whole(folder):
     """`folder`, or `aside(folder)` if a save was killed between its two renames: the last whole one."""
-    folder, old = Path(folder), aside(folder)
+    folder, old = Path(folder), aside(os.path.realpath(folder))  # beside what a link points to
     return old if old.is_dir() and not folder.exists() else folder
 
 

@@ -265,8 +265,10 @@ class PolicyWithValueHead(nn.Module):
         super().__init__()
         keep_gradients(causal_lm)
         self.pretrained_model = causal_lm
-        self.v_head = ValueHead(causal_lm.config.get_text_config().hidden_size)
-        self.v_head.to(causal_lm.get_output_embeddings().weight.device)
+        size = causal_lm.config.get_text_config().hidden_size
+        head = causal_lm.get_output_embeddings()
+        self.v_head = ValueHead(getattr(head, "in_features", size))  # what is hooked, where a model narrows it (OPT-350m)
+        self.v_head.to(head.weight.device)
 
     @property
     def config(self):
@@ -282,9 +284,22 @@ class PolicyWithValueHead(nn.Module):
             logits = response_logits(self.pretrained_model, input_ids, attention_mask, response_length)
         return logits, self.v_head(hidden[-1])
 
+    @contextlib.contextmanager
     def adapters_off(self):
-        """A context in which the model is its own reference. The adapters come back after an exception, too."""
-        return self.pretrained_model.disable_adapter() if self.has_adapters else contextlib.nullcontext()
+        """A context in which the model is its own reference. The adapters come back after an exception, too, and what is frozen
+        of them stays so."""
+        learns = [(parameter, parameter.requires_grad) for parameter in self.pretrained_model.parameters()]
+        try:
+            with self.pretrained_model.disable_adapter() if self.has_adapters else contextlib.nullcontext():
+                yield
+        finally:
+            for parameter, asked in learns:
+                if parameter.requires_grad != asked:  # PEFT has every active adapter learn when it comes back
+                    parameter.requires_grad_(asked)
+
+    def active_adapters(self):
+        """The names of the adapters that are read, a tuple."""
+        return tuple(self.pretrained_model.active_adapters) if self.has_adapters else ()
 
     def adapters_are_off(self):
         """Whether some adapters are switched off now, as inside `adapters_off`."""

@@ -97,18 +97,24 @@ def processes(config):
         installed = ", ".join(here) or "none is installed (pip install -e .[tracking])"
         raise InputError(f"PPOConfig.log_with is {shown(config.log_with)}; expected a tracker that is installed: {installed}")
     accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", log_with=config.log_with, project_dir=folder)
+    batch = config.batch_size * accelerator.num_processes
+    if config.adap_kl_ctrl and config.horizon <= 0.2 * batch:  # PPOConfig knows one process alone
+        raise InputError(
+            f"PPOConfig.horizon is {config.horizon:g}; expected above 0.2 x batch_size x {accelerator.num_processes} processes = "
+            f"{0.2 * batch:g}: a step far below the target would turn the coefficient negative"
+        )
     if config.log_with:
         accelerator.init_trackers("rlhf-ppo", config={k: v for k, v in vars(config).items() if v is not None})
     return accelerator
 
 
 def reference_of(model, ref_model, device):
-    """The frozen reference, without gradients and dropout: what is given, or a copy of a policy without adapters, or None: then
-    it is the policy with its adapters switched off."""
+    """The reference, without dropout: what is given (asked without gradients, and left as it is: another trainer may train it), or a
+    frozen copy of a policy without adapters, or None: then it is the policy with its adapters switched off."""
     if ref_model is None and model.has_adapters:
         return None
-    lm = bare(ref_model) if ref_model is not None else copy.deepcopy(model.pretrained_model)
-    return (lm if is_4bit(lm) else lm.to(device)).requires_grad_(False).eval()
+    lm = bare(ref_model) if ref_model is not None else copy.deepcopy(model.pretrained_model).requires_grad_(False)
+    return (lm if is_4bit(lm) else lm.to(device)).eval()
 
 
 def adam(model, config):
@@ -130,6 +136,12 @@ def encode_prompts(tokenizer, prompts, room, system=None):
     for row, query in enumerate(queries):
         if len(query) == 0:
             raise InputError(f"prompts[{row}] is {shown(prompts[row])}, which has no tokens; expected some text")
+    if not prompts:
+        raise InputError("prompts: none; expected at least one")
+    if room < 1:
+        raise InputError(
+            f"max_new_tokens leaves {room} places for a prompt; expected a smaller one, or a model with more positions"
+        )
     kept = [(prompt, query) for prompt, query in zip(prompts, queries) if len(query) <= room]
     if not kept:
         raise InputError(

@@ -78,6 +78,23 @@ def is_4bit_layer(layer):
     return isinstance(layer, Linear4bit)
 
 
+@contextlib.contextmanager
+def accumulating_alone(accelerator):
+    """Accelerate 1.15 keeps for the whole process how many passes make an optimizer step, and whether one is due. Another trainer,
+    begun or interrupted between two passes, would divide our gradients, or leave our steps out, in silence. Inside, each of our
+    passes counts whole and each of our steps is made; after it, all is as it was. Can go when test_neighbours.py::
+    test_another_trainer_s_accumulation_reaches_ours_without_protection fails."""
+    state, passes = accelerator.gradient_state, accelerator.gradient_accumulation_steps
+    due = state.sync_gradients
+    accelerator.gradient_accumulation_steps = 1
+    state._set_sync_gradients(True)
+    try:
+        yield
+    finally:
+        accelerator.gradient_accumulation_steps = passes
+        state._set_sync_gradients(due)
+
+
 def unmap(lm):
     """Copy what is not 4-bit out of the weights' file: safetensors 0.8 maps it, and one embedding would keep the whole bf16 file
     in memory. Can go when transformers copies what it keeps."""

@@ -154,9 +154,10 @@ class RewardModel:
     def standardise(self, prompts, responses):
         """Take mean and deviation from these samples of the base policy."""
         raw = self.raw(prompts, responses, show=True)
-        self.mean, self.std = raw.mean().item(), raw.std().item()
-        if not self.std > 1e-6:
-            raise InputError(f"reward model: deviation {self.std} over {len(raw)} responses; expected scores that differ")
+        mean, std = raw.mean().item(), raw.std().item()
+        if not std > 1e-6:
+            raise InputError(f"reward model: deviation {std} over {len(raw)} responses; expected scores that differ")
+        self.mean, self.std = mean, std
 
 
 def checked_texts(prompts, responses):

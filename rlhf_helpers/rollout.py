@@ -107,7 +107,7 @@ def checked_batch(queries, responses, scores, size, config, expected=None, promp
     if size == 0:
         raise InputError("no responses; expected at least one")
     for name, given in all_given.items():
-        if not hasattr(given, "__len__") or isinstance(given, (str, dict, set)):
+        if not is_list(given) or not hasattr(given, "__len__"):
             raise InputError(f"step: {name} is {shown(given)}; expected a list, one for each response")
         if len(given) != size:
             raise InputError(f"step: {len(given)} {name}; expected {expected or size}")
@@ -128,6 +128,11 @@ def checked_call(queries, config, text, max_new_tokens, batch_size, temperature,
     check_room(text, queries, [length] * len(queries))
     batches = [queries[start : start + size] for start in range(0, len(queries), size)]
     return queries, batches, (length, eos, pad_id, temperature), greedy
+
+
+def is_list(given):
+    """Whether this has one value after the other: no text, no dict or set, and no tensor or array without dimensions."""
+    return hasattr(given, "__iter__") and not isinstance(given, (str, bytes, dict, set)) and getattr(given, "shape", None) != ()
 
 
 def checked_scores(call, scores):
@@ -153,11 +158,7 @@ def checked_score(name, score):
 def checked_ids(name, sequences, vocabulary):
     """Token ids as 1-D LongTensors on the CPU. Raises InputError that names the row."""
     checked = []
-    if (
-        isinstance(sequences, (str, bytes, dict))
-        or not hasattr(sequences, "__len__")
-        or getattr(sequences, "shape", None) == ()
-    ):
+    if not is_list(sequences) or not hasattr(sequences, "__len__"):
         raise InputError(f"{name}: {shown(sequences)}; expected a list of 1-D LongTensors of token ids")
     if len(sequences) == 0:
         raise InputError(f"no {name}: expected at least one, a 1-D LongTensor of token ids")

@@ -14,7 +14,7 @@ from pathlib import Path
 from rlhf_helpers.checkpoint import FREE, read_settings
 from rlhf_helpers.data import read_jsonl
 from rlhf_helpers.errors import InputError
-from rlhf_helpers.files import aside, find_whole, raise_written, read_json, shown, write_text
+from rlhf_helpers.files import aside, find_whole, lock, raise_written, read_json, shown, write_text
 from rlhf_helpers.machine import no_four_bit
 
 WEIGHTS = "weights (by whether bitsandbytes is there)"
@@ -40,22 +40,6 @@ def alone_in(folder, needed=True):
         except (BlockingIOError, PermissionError):
             raise InputError(f"--output {folder}: another run is at work here; expected a folder of its own") from None
         yield
-
-
-def lock(file):
-    """Take a lock that ends with this process. Where the file system has none, nobody is kept out."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        import msvcrt
-
-        return msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError:  # some network file systems
-        pass
 
 
 def settings(profile, config, prompts, heldout, reward_folder, processes, model_folder=None):

@@ -136,21 +136,21 @@ class Drawn:
     logprobs: torch.Tensor  # (T,)
     hidden: torch.Tensor  # (T, H)
     temperature: float
-    weights: bytes  # a digest of all weights that learn
+    weights: bytes  # a digest of all weights that learn; None if others drew it
 
 
 def digest(parameters):
     """A few bytes that tell whether any of these tensors has changed."""
     sha = hashlib.sha1(usedforsecurity=False)
     for parameter in parameters:
-        sha.update(parameter.detach().contiguous().view(torch.uint8).cpu().numpy())
+        sha.update(parameter.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy())
     return sha.digest()
 
 
 def how_drawn(queries, responses, temperature, weights):
     """The Drawn of every response, or None where it is missing or no longer true."""
     notes = [getattr(response, "drawn", None) for response in responses]
-    alike = lambda note: note.temperature == temperature and note.weights == weights
+    alike = lambda note: weights is not None and note.temperature == temperature and note.weights == weights
     true = lambda note, query, ids: alike(note) and torch.equal(note.query, query) and torch.equal(note.ids, ids.cpu())
     rows = zip(notes, queries, responses)
     return [note if note is not None and true(note, query, ids) else None for note, query, ids in rows]

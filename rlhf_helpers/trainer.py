@@ -12,8 +12,10 @@ import torch
 
 from rlhf_helpers import fast, parts, ppo, progress, sampling
 from rlhf_helpers.checkpoint import load_checkpoint, save_checkpoint
+from rlhf_helpers.errors import InputError
 from rlhf_helpers.interrupts import finishing
 from rlhf_helpers.models import eos_ids, response_logits
+from rlhf_helpers.quirks import accumulating_alone
 from rlhf_helpers.rollout import checked_batch, checked_call, clipped_scores, collate, fill_rewards, gae_advantages
 from rlhf_helpers.sampling import Drawn, digest
 from rlhf_helpers.shard import everywhere
@@ -37,6 +39,7 @@ class PPOTrainer:
         self.policy, self.optimizer = self.accelerator.prepare(model, parts.adam(model, config))
         self.model = self.accelerator.unwrap_model(self.policy)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.adapters = self.model.active_adapters()
         self.eos_ids = eos_ids(self.model.pretrained_model, tokenizer)
         self.generator = torch.Generator().manual_seed(config.seed + 1000 * self.accelerator.process_index)
         self.total = lambda number: self.accelerator.reduce(number, "sum")  # over processes; with one, the number itself
@@ -54,9 +57,16 @@ class PPOTrainer:
 
     def _fast_way(self):
         """`unpacked`, made anew where the model has got other weights; None while adapters are a part of them."""
-        if (made := self.__dict__.get("unpacked")) and not made.is_current():
+        lm = self.model.pretrained_model
+        if (made := self.__dict__.get("unpacked")) and not (made.is_current() and fast.can_unpack(lm)):
             del self.unpacked
         return None if self.model.adapters_merged() else self.unpacked
+
+    def _weights(self):
+        """A digest of the policy's weights; None while its adapters are off, merged, or not the active ones."""
+        model = self.model
+        other = model.adapters_are_off() or model.adapters_merged() or model.active_adapters() != self.adapters
+        return None if other else digest(self.parameters)
 
     # ------------------------------------------------------------ generate
 
@@ -69,15 +79,14 @@ class PPOTrainer:
         kwargs = dict(eos_token_id=self.eos_ids, pad_token_id=self.tokenizer.pad_token_id) | kwargs
         text, asked = self.model.config.get_text_config(), (max_new_tokens, batch_size, temperature, greedy)
         queries, batches, how, greedy = checked_call(queries, self.config, text, *asked, **kwargs)
-        as_trained = not (reference or self.model.adapters_are_off() or self.model.adapters_merged())
-        responses, weights = [], digest(self.parameters) if as_trained else None
+        responses, weights = [], None if reference else self._weights()
         with sampling.reader_of(self.model, reference and (self.ref_model or True), self._fast_way()) as (lm, reader):
             show = len(batches) > 8 and self.accelerator.is_main_process
             for rows in progress.track(batches, "sampling", "batches", show):
                 drawn = sampling.sample(lm, rows, *how, generator or self.generator, greedy, reader)
                 responses += drawn.responses
                 for query, response, logprobs, hidden in zip(rows, drawn.responses, drawn.logprobs, drawn.hidden):
-                    response.drawn = Drawn(query, response.clone(), logprobs, hidden, how[-1], weights)
+                    response.drawn = Drawn(query.clone(), response.clone(), logprobs, hidden, how[-1], weights)
         return [torch.cat([q, r]) for q, r in zip(queries, responses)] if return_prompt else responses
 
     def decode(self, responses):
@@ -102,15 +111,16 @@ class PPOTrainer:
                     break
                 rows = self.next_rows(len(prompts))
                 batch, batch_queries = [prompts[i] for i in rows], [queries[i] for i in rows]
-                clock, before = Clock(), self.generator.get_state()
+                clock, before, number = Clock(), self.generator.get_state(), self.steps_done
                 try:
                     responses = self.generate(batch_queries)
                     clock.lap("time/generate")
-                    scores = reward_fn(batch, self.decode(responses))
+                    scores = reward_fn(list(batch), self.decode(responses))
                     clock.lap("time/reward")
                     stats = self.step(batch_queries, responses, scores, batch) | clock.laps
                 except BaseException:
-                    self.generator.set_state(before)  # the next call draws what this one would have
+                    if self.steps_done == number:
+                        self.generator.set_state(before)  # the next call draws what this one would have
                     raise
                 self.history[-1] |= clock.laps
                 done.update()
@@ -149,8 +159,14 @@ class PPOTrainer:
         changes; RuntimeError if an adapter got no gradient."""
         clock, size = Clock(), self.config.batch_size
         skip = self.sampler_is_exact and self.config.kl_penalty != "full"
-        rollout = self.rollout = self._collect(queries, responses, scores, size, self.total, clock, prompts, skip)
-        with parts.told_if_half(self.parameters, rollout.weights, self.steps_done + 1):
+        rollout = self._collect(queries, responses, scores, size, self.total, clock, prompts, skip)
+        if rollout.weights is None:
+            raise InputError(
+                "step: the adapters that this trainer trains are off, merged, or not the active ones; expected them in use"
+            )
+        self.rollout = rollout
+        half = parts.told_if_half(self.parameters, rollout.weights, self.steps_done + 1)
+        with half, accumulating_alone(self.accelerator):
             stats = self._learn(rollout, skip, clock)
         self.steps_done += 1
         scalars = {name: value for name, value in stats.items() if isinstance(value, (int, float))}
@@ -168,18 +184,23 @@ class PPOTrainer:
         stats |= sampler_stats(rollout, self.accelerator, *compared)
         self.sampler_is_exact = stats["objective/sampler_max_diff"] == 0
         clock.lap("time/ppo/calc_stats")
-        stats |= {"ppo/learning_rate": config.learning_rate, **clock.laps, "time/ppo/total": sum(clock.laps.values())}
+        stats |= {
+            "ppo/learning_rate": self.optimizer.param_groups[0]["lr"],
+            **clock.laps,
+            "time/ppo/total": sum(clock.laps.values()),
+        }
         if config.adap_kl_ctrl and math.isfinite(stats["objective/kl"]):
             n_samples = config.batch_size * self.accelerator.num_processes
             self.kl_coef = ppo.next_kl_coef(self.kl_coef, stats["objective/kl"], config.target, config.horizon, n_samples)
         return stats
 
-    def inspect(self, queries, responses, scores=None):
-        """The Rollout that `step` would learn from, without learning; for any number of responses. Without scores, they are 0."""
+    def inspect(self, queries, responses, scores=None, advantages=None):
+        """The Rollout that `step` would learn from, without learning; for any number of responses (whole groups, if the trainer's
+        `advantages` compare those; others can be given). Without scores, they are 0."""
         size = len(responses) if hasattr(responses, "__len__") else 0
-        return self._collect(queries, responses, torch.zeros(size) if scores is None else scores, size)
+        return self._collect(queries, responses, torch.zeros(size) if scores is None else scores, size, how=advantages)
 
-    def _collect(self, queries, responses, scores, size, total=ppo.alone, clock=None, prompts=None, skip=False):
+    def _collect(self, queries, responses, scores, size, total=ppo.alone, clock=None, prompts=None, skip=False, how=None):
         """The rollout: log-probs under policy and reference, values, rewards, advantages, returns. No gradients. `total`
         makes the whitening that of all processes; with `skip`, what the sampler noted takes the place of the policy's pass."""
         config, clock, tokenizer = self.config, clock or Clock(), self.tokenizer
@@ -187,7 +208,7 @@ class PPOTrainer:
         drawn, text = responses, self.model.config.get_text_config()
         given = checked_batch(queries, responses, scores, size, text, expected, prompts)
         queries, responses, scores, prompts = given
-        weights = digest(self.parameters)
+        weights = self._weights()
         notes = sampling.how_drawn(queries, drawn, config.temperature, weights)
         scores = clipped_scores(scores, responses, config, self.eos_ids)
         rollout = collate(queries, responses, scores, tokenizer.pad_token_id, self.device)
@@ -201,7 +222,7 @@ class PPOTrainer:
         clock.lap("time/ppo/forward_pass")
         fill_rewards(rollout, self.kl_coef)
         clock.lap("time/ppo/compute_rewards")
-        rollout.advantages, rollout.returns = self.advantages(rollout, config, total)
+        rollout.advantages, rollout.returns = (how or self.advantages)(rollout, config, total)
         rollout.new_logprobs = torch.full_like(rollout.logprobs, math.nan)
         clock.lap("time/ppo/compute_advantages")
         return rollout

@@ -167,7 +167,35 @@ def test_everything_is_on_the_disk_before_the_name_changes_and_the_new_name_afte
         (beside / "inner" / "more").write_text("a")
         (beside / "sign").write_text("a")
     before, after = told[: told.index("rename")], told[told.index("rename") + 1 :]
-    assert set(before) == {"run.part", "run.part/sign", "run.part/inner", "run.part/inner/more"} and after == ["."]
+    assert set(before) == {".run.part", ".run.part/sign", ".run.part/inner", ".run.part/inner/more"} and after == ["."]
+
+
+def test_what_a_killed_save_left_is_found_through_a_link_too(tmp_path):
+    save(tmp_path / "disk" / "run", "old")
+    (tmp_path / "run").symlink_to(tmp_path / "disk" / "run")
+    (tmp_path / "disk" / "run").rename(tmp_path / "disk" / ".run.old")  # killed between the two renames
+    assert (files.find_whole(tmp_path / "run") / "sign").read_text() == "old"
+    save(tmp_path / "run", "new")
+    assert (tmp_path / "disk" / "run" / "sign").read_text() == "new"
+
+
+def test_two_saves_at_once_are_one_save_and_a_refusal(tmp_path):
+    save(tmp_path / "run", "old")
+    with whole_folder(tmp_path / "run", "sign") as first:
+        (first / "sign").write_text("first")
+        with pytest.raises(InputError, match="run: another save to it is under way; expected one at a time, or another folder"):
+            save(tmp_path / "run", "second")
+        assert (first / "sign").read_text() == "first"  # and it is not touched
+    assert (tmp_path / "run" / "sign").read_text() == "first" and [file.name for file in tmp_path.iterdir()] == ["run"]
+
+
+def test_somebody_s_own_name_with_part_is_left_alone(tmp_path):
+    (tmp_path / "run.part").mkdir()
+    (tmp_path / "run.part" / "thesis.txt").write_text("mine")
+    (tmp_path / "x.part").write_text("mine, too")
+    save(tmp_path / "run", "new")
+    files.write_text(tmp_path / "x", "a")
+    assert (tmp_path / "run.part" / "thesis.txt").read_text() == "mine" and (tmp_path / "x.part").read_text() == "mine, too"
 
 
 def test_a_folder_with_other_things_in_it_is_never_replaced(tmp_path):

@@ -430,7 +430,7 @@ def test_two_runs_in_one_folder_are_one_too_many(home, start, capsys, at_step):
 
 def test_a_full_disk_is_one_sentence_and_the_last_whole_checkpoint_stays(home, start, capsys, at_step, monkeypatch):
     def full(*args, **options):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "run/checkpoint.part/trainer.safetensors")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "run/.checkpoint.part/trainer.safetensors")
 
     at_step(4, lambda: monkeypatch.setattr("rlhf_helpers.checkpoint.save_file", full))
     assert exit_status(start()) == 2

@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("rlhf_helpers", "tests", "pyproject.toml", "conftest.py")
 TESTS = ("ppo", "rollout", "sampling", "models", "faults", "oracle", "trainer", "fast", "checkpoint", "files", "reward",
-         "evaluation", "interrupts", "processes")  # fmt: skip
+         "evaluation", "interrupts", "neighbours", "processes")  # fmt: skip
 
 # A file of rlhf_helpers; what stands there, exactly once; what is put in its place; the tests/test_*.py to try first.
 Fault = namedtuple("Fault", "name file old new tests")
@@ -110,11 +110,17 @@ FAULTS = [
           "            shutil.rmtree(place)\n", "files"),
     Fault("renamed before it is on the disk", "files.py", "        flush(beside)\n", "", "files"),
     # several processes: one update, as of one
-    Fault("whitened by each process alone", "trainer.py", "self.advantages(rollout, config, total)", "self.advantages(rollout, config)",
-          "processes"),
+    Fault("whitened by each process alone", "trainer.py", "self.advantages)(rollout, config, total)",
+          "self.advantages)(rollout, config)", "processes"),
     Fault("a process weighs its own tokens", "trainer.py", "self.total(rollout.mask[group].sum()) / self.accelerator.num_processes",
           "rollout.mask[group].sum()", "processes"),
     Fault("stats of one process", "trainer.py", "new, config.vf_coef, self.total)", "new, config.vf_coef, ppo.alone)", "processes"),
+    Fault("another trainer's accumulation reaches ours", "trainer.py", "with half, accumulating_alone(self.accelerator):", "with half:",
+          "neighbours"),
+    Fault("a query changed after the drawing keeps its log-probs", "trainer.py", "Drawn(query.clone(), ", "Drawn(query, ", "neighbours"),
+    Fault("another adapter's draw counts as the policy's", "trainer.py", " or model.active_adapters() != self.adapters", "", "neighbours"),
+    Fault("saved though it cannot be resumed", "checkpoint.py", """    checked_history(lambda number: f"{folder}: not saved""",
+          """    (lambda number: f"{folder}: not saved""", "neighbours"),
     Fault("half a step is kept", "interrupts.py", "raise AtOnce(signum)", "raise Interrupted(signum)", "interrupts"),
     Fault("adapters that are off are sampled with", "sampling.py", "not model.adapters_are_off())", "not reference)", "fast"),
     Fault("the same prompts for all processes", "trainer.py", "num_processes + self.accelerator.process_index",
