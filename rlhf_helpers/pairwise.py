@@ -24,7 +24,7 @@ from rlhf_helpers.reward import RewardModel, base_samples
 
 def pairwise_loss(chosen, rejected):
     """Bradley-Terry: -log sigmoid(chosen - rejected), averaged; chosen and rejected are scores (B,).
-    Christiano et al. 2017 (arXiv:1706.03741), Stiennon et al. 2020 (arXiv:2009.01325), equation 1."""
+    Christiano et al. 2017 (arXiv:1706.03741), Stiennon et al. 2020 (arXiv:2009.01325), section 3.4."""
     return -F.logsigmoid(chosen - rejected).mean()
 
 

@@ -239,4 +239,5 @@ def test_no_test_pair_keeps_its_prompt_when_another_is_asked_for():
 def test_the_course_s_reward_model_ranks_the_test_pairs_and_reads_the_prompt():
     model, other, *yardsticks = (accuracy for accuracy, _ in accuracies(ensure_reward_model()).values())
     assert model >= 0.85 and model - other >= 0.15
-    assert len(yardsticks) == 2 and model > max(yardsticks)
+    *blind, parts = yardsticks  # the last knows two parts of the annotator's rule
+    assert len(blind) == 2 and model > max(blind) and model > parts - 0.05

@@ -1,6 +1,7 @@
 """The notebooks as pages: what is stored in them, how they are built, and that their links lead somewhere. Nothing is run."""
 
 import base64
+import ast
 import json
 import re
 from pathlib import Path
@@ -64,6 +65,13 @@ def images(output):
 def test_cells_were_run_once_in_order(notebook):
     counts = {i: cell["execution_count"] for i, cell in cells(notebook, "code")}
     assert counts == {i: n for n, i in enumerate(counts, 1)}
+
+
+@each_notebook
+def test_every_code_cell_can_be_read_as_python(notebook):
+    """An edit by hand could break one, and its stored output would still look right."""
+    for number, cell in cells(notebook, "code"):
+        compile(cell["source"], f"{notebook.name}, cell {number}", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
 
 
 @each_notebook
