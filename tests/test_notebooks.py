@@ -1,7 +1,7 @@
 """The notebooks as pages: what is stored in them, how they are built, and that their links lead somewhere. Nothing is run."""
 
-import base64
 import ast
+import base64
 import json
 import re
 from pathlib import Path
