@@ -88,7 +88,7 @@ WRONG = {
     ],
     "check_pad_left": [
         ("lambda rows, pad: padded(rows, pad, 'right')", "on the right"),
-        ("lambda rows, pad: (padded(rows, pad)[0], torch.ones(3, 4, dtype=torch.long))", "1 on pads, too"),
+        ("lambda rows, pad: (padded(rows, pad)[0], torch.ones_like(padded(rows, pad)[0]))", "1 on pads, too"),
         ("lambda rows, pad: (padded(rows, pad)[0], (padded(rows, pad)[0] != pad).long())", "make the mask from lengths"),
         ("lambda rows, pad: padded(rows, 0)", "fill with the pad that was given"),
         ("lambda rows, pad: padded(rows, pad)[0]", "return the mask, too"),
@@ -109,15 +109,15 @@ WRONG = {
         ("lambda r, v, gamma, lam: [a + b for a, b in zip(gae(r, v, gamma, gamma * lam), v)]", "those are the returns"),
     ],
     "check_advantages": [
-        ("lambda rollout, config: raw_and_returns(rollout, config)", "not whitened yet"),
-        ("lambda r, c: (torch.where(r.mask, (raw(r, c) - raw(r, c).mean()) / raw(r, c).std(), 0.0), raw_and_returns(r, c)[1])", "padding has been counted"),
-        ("lambda r, c: ((raw(r, c) - raw(r, c).mean()) / raw(r, c).std(), raw_and_returns(r, c)[1])", "it must stay 0"),
-        ("lambda r, c: (torch.where(r.mask, raw(r, c) / raw(r, c)[r.mask].std(), 0.0), raw_and_returns(r, c)[1])", "subtract the mean"),
-        ("lambda r, c: (whitened(r, c), whitened(r, c) + r.values)", "raw advantages + values"),
-        ("lambda r, c: (whitened(r, no_lam), raw(r, no_lam) + r.values)", "lam is missing"),
-        ("lambda r, c: whitened(r, c)", "return the returns, too"),
-        ("lambda r, c: (raw(r, c) + r.values, whitened(r, c))", "the advantages first"),
-        ("lambda r, c: (whitened(r, c), r.values)", "those are the values"),
+        ("lambda rollout, config, total: raw_and_returns(rollout, config)", "not whitened yet"),
+        ("lambda r, c, total: (torch.where(r.mask, (raw(r, c) - raw(r, c).mean()) / raw(r, c).std(), 0.0), raw_and_returns(r, c)[1])", "padding has been counted"),
+        ("lambda r, c, total: ((raw(r, c) - raw(r, c).mean()) / raw(r, c).std(), raw_and_returns(r, c)[1])", "it must stay 0"),
+        ("lambda r, c, total: (torch.where(r.mask, raw(r, c) / raw(r, c)[r.mask].std(), 0.0), raw_and_returns(r, c)[1])", "subtract the mean"),
+        ("lambda r, c, total: (whitened(r, c), whitened(r, c) + r.values)", "raw advantages + values"),
+        ("lambda r, c, total: (whitened(r, no_lam), raw(r, no_lam) + r.values)", "lam is missing"),
+        ("lambda r, c, total: whitened(r, c)", "return the returns, too"),
+        ("lambda r, c, total: (raw(r, c) + r.values, whitened(r, c))", "the advantages first"),
+        ("lambda r, c, total: (whitened(r, c), r.values)", "those are the values"),
     ],
     "check_gets_gradient": [
         ("lambda A, ratio, eps: (ratio > 1 - eps) & (ratio < 1 + eps)", "works in one direction"),
@@ -187,7 +187,7 @@ WRONG = {
         ("lambda penalties, score: [*penalties[:-1], score]", "add the score to it"),
     ],
     "check_one_setting": [
-        ("CPU.ppo_config(init_kl_coef=0.0, kl_budget=None, gradient_accumulation_steps=1, learning_rate=1e-4)", "only later"),
+        ("CPU.ppo_config(init_kl_coef=0.0, kl_budget=None, gradient_accumulation_steps=1, learning_rate=1e-2)", "sooner or later"),
         ("CPU.ppo_config(init_kl_coef=0.1, kl_budget=9.0, gradient_accumulation_steps=1)", "change one"),
         ("CPU.ppo_config(init_kl_coef=0.02, kl_budget=None, gradient_accumulation_steps=1)", "KL is still cheap"),
         ("CPU.ppo_config(init_kl_coef=2.0, kl_budget=None, gradient_accumulation_steps=1)", "hardly move"),
@@ -221,6 +221,31 @@ WRONG_BEYOND = [
     ("check_kl_per_response", "lambda a, b, m: torch.where(m, torch.exp(b - a) - 1 + a - b, 0.0).sum(1)", "that is k3"),
     ("check_positions", "lambda mask: (mask.cumsum(1) - 1).clamp(min=0).float()", "whole numbers"),
     ("check_steps_until_spent", "lambda kls, budget: next((n for n in range(1, len(kls) + 1) if mean(kls[max(0, n - 4) : n]) > budget), None)", "expected 3"),
+    ("check_steps_until_spent", "lambda kls, budget: next((n for n in range(1, len(kls) + 1) if mean(kls[max(0, n - 4) : n]) > 8.0), len(kls))", "expected"),
+    ("check_own_advantages", "lambda r, c, t: ((r.rewards.sum(1) - r.rewards.sum(1).mean())[:, None] * (r.rewards != 0), r.values)", "may have 0 in rollout.rewards"),
+    ("check_own_advantages", "lambda r, c, t: ((r.rewards.sum(1) - r.rewards.sum(1).mean())[:, None] * (r.values != 0), r.values)", "may have 0 in rollout.values"),
+    ("check_own_advantages", "lambda r, c, t: (((r.rewards.sum(1) - r.rewards.sum(1).mean())[:, None] * r.mask).tolist(), r.values.tolist())", "expected"),
+    ("check_advantages", "lambda r, c: (whitened(r, c), raw_and_returns(r, c)[1])", "takes 2 positional arguments but 3 were given"),
+    ("check_advantages", "lambda r, c, t: ((raw(r, c) - raw(r, c)[r.mask].mean()) / raw(r, c)[r.mask].std(), raw_and_returns(r, c)[1])", "padding must stay 0"),
+    ("check_share_between", "lambda r: (r.mean(1).var() - r.var(1).mean() / 4) / (r.mean(1).var() - r.var(1).mean() / 4 + r.var(1).mean())", "expected"),
+    ("check_share_between", "lambda r: (r.mean(1).var() - r.var(1).mean() / len(r)) / (r.mean(1).var() - r.var(1).mean() / len(r) + r.var(1).mean())", "not the number of prompts"),
+    ("check_word_reward", "lambda p, texts: [-0.1 * max(0, t.count(' ') - 20) for t in texts]", "spaces are not words"),
+    ("check_word_reward", "lambda p, texts: [-0.1 * max(0, len(t.split(' ')) - 20) for t in texts]", "without an argument"),
+    ("check_word_reward", "lambda p, texts: [-0.1 * max(0, len(t.split()) - 19) for t in texts]", "twenty words cost nothing"),
+    ("check_word_reward", "lambda p, texts: (-0.1 * max(0, len(t.split()) - 20) for t in texts)", "wrap it in list"),
+    ("check_group_normalised", "lambda g: ((g - g.mean(1, keepdim=True)) / g.std(1, keepdim=True)).nan_to_num()", "more than rounding"),
+    ("check_group_normalised", "lambda g: (g - g.mean(1, keepdim=True)) / (g.std(1, keepdim=True) + 1e-8)", "more than rounding"),
+    ("check_positions", "lambda m: torch.arange(5).expand_as(m) - (5 - m.sum(1, keepdim=True))", "for tensor"),
+    ("check_pad_left", "lambda rows, pad: (torch.stack([torch.cat([torch.full((4 - len(row),), pad), row]) for row in rows]), torch.stack([torch.cat([torch.zeros(4 - len(row)).long(), torch.ones_like(row)]) for row in rows]))", "expected"),
+    ("check_pad_left", "lambda rows, pad: (padded(rows, pad)[0], padded(rows, pad)[1].bool())", "the mask is a LongTensor"),
+    ("check_lora", "lambda x, W, A, B, alpha: W @ x + alpha / 2 * (B @ (A @ x))", "expected"),
+    ("check_lora", "lambda x, W, A, B, alpha: W @ x + alpha / len(B) * (B @ (A @ x))", "a row for each output"),
+    ("check_kl_per_response", "lambda a, b, m: (a - b).nansum(1)", "not padding"),
+    ("check_gets_gradient", "lambda a, r, c: torch.ones_like(r, dtype=torch.bool)", "nothing is stopped"),
+    ("check_gets_gradient", "lambda a, r, c: r > 1 - c", "right for bad tokens"),
+    ("check_full_stop_reward", "lambda p, texts: [float(t.strip()[-1] == '.') for t in texts]", "for ['a', 'b', 'c']"),
+    ("check_bits_per_weight", "4.13", "rounded"),
+    ("check_kept_scores", "64 * 512 * 32_000 * 4 / 1e9", "vocabulary of 32,000"),
 ]  # fmt: skip
 RIGHT_TOO = [
     (
@@ -231,7 +256,15 @@ RIGHT_TOO = [
     ("check_what_follows", "'(c)'"),
     ("check_pad_left", "lambda rows, pad: list(padded(rows, pad))"),
     ("check_positions", "lambda mask: torch.where(mask == 1, mask.cumsum(1) - 1, 7)"),
-]
+    ("check_bits_per_weight", "'4.127'"),
+    ("check_kept_scores", "'16,8 GB'"),
+    ("check_kept_scores", "(16, 8)"),  # what Python makes of 16,8
+    ("check_advantages", "lambda r, c, t: (torch.where(r.mask, (raw(r, c) - raw(r, c)[r.mask].mean()) / (raw(r, c)[r.mask].std() + 1e-4), 0.0), raw_and_returns(r, c)[1])"),
+    ("check_own_advantages", "lambda r, c, t: [(r.rewards.sum(1) - r.rewards.sum(1).mean())[:, None].double() * r.mask, r.values]"),
+    ("check_group_normalised", "lambda g: (g - g.mean(1, keepdim=True)) / (g.std(1, keepdim=True) + 1e-5)"),
+    ("check_gets_gradient", "lambda a, r, c: (torch.where(a > 0, r < 1 + c, r > 1 - c)).numpy()"),
+    ("check_word_reward", "lambda p, texts: [min(0.0, (20 - len(text.split())) / 10) for text in texts]"),
+]  # fmt: skip
 
 CHECKS = {name: check for name, check in inspect.getmembers(exercises, inspect.isfunction) if name.startswith("check_")}
 
@@ -352,7 +385,7 @@ class Hostile:
 
 
 THINGS = [
-    None, ..., True, math.nan, -math.inf, 10**400, 1j, "4.127", "", b"", [], {}, (1, 2), object(), int, Hostile(), Hostile,
+    None, ..., True, math.nan, -math.inf, 10**400, 1j, "four", "4.127.0", "", b"4.127", [], {}, (1, 2), object(), int, Hostile(), Hostile,
     torch.zeros(3), torch.zeros(2, 3), torch.tensor([]), np.zeros((2, 2)), pd.DataFrame({"a": [1, 2]}),
     CPU, PPOConfig, CPU.ppo_config,
 ]  # fmt: skip
@@ -437,8 +470,7 @@ def test_the_layer_of_the_check_is_peft_s_own(capsys):
 
 def test_padding_and_advantages_of_the_checks_are_those_that_the_trainer_uses(capsys):
     assert verdict(capsys, "check_pad_left", pad_left)[0] == "✓"
-    of_trainer = lambda rollout, config: gae_advantages(rollout, SimpleNamespace(**vars(config), whiten_rewards=False))
-    assert verdict(capsys, "check_advantages", of_trainer)[0] == "✓"
+    assert verdict(capsys, "check_advantages", gae_advantages)[0] == "✓"
 
 
 def test_a_trainer_takes_the_advantages_of_the_folded_solution_and_makes_the_library_s_step():

@@ -57,12 +57,33 @@ def said(capsys):
         (math.inf, "you guessed inf, it is 4.13 bits: too large."),
         (1_000_000, "you guessed 1,000,000, it is 4.13 bits: too large."),
         (..., "it is 4.13 bits. Put your guess where the dots are next time, before you look."),
-        ("8", "'8' is no number; it is 4.13 bits."),
+        ("8", "you guessed 8, it is 4.13 bits: too large. Four bits are half of that."),
+        ("4,13 bits", "you guessed 4.13, it is 4.13 bits: that is it."),
+        ((4, 13), "you guessed 4.13, it is 4.13 bits: that is it."),
+        ("1,000,000", "you guessed 1,000,000, it is 4.13 bits: too large."),
+        ("eight", "'eight' is no number; it is 4.13 bits."),
+        (True, "True is no number; it is 4.13 bits."),
     ],
 )
 def test_a_number_stands_beside_the_result(guess, expected, capsys):
     guesses.number(guess, 4.127, "bits", HINTS)
     assert said(capsys) == expected + "\n"
+
+
+def test_a_share_where_percent_are_asked_for_is_taken_for_one(capsys):
+    for guess in (0.93, "0.93", "93 %"):
+        guesses.number(guess, 93.5, "% of the tokens")
+        assert said(capsys) == "you guessed 93, it is 93.5 % of the tokens: close.\n"
+    guesses.number(0.5, 0.4, "percent")
+    assert said(capsys).startswith("you guessed 0.5,")
+
+
+def test_three_letters_in_one_are_three_letters(capsys):
+    guesses.recall("07", "A", "B", "C")
+    apart = said(capsys)
+    for together in ("ABC", "a b c", "A, B, C", ["A", "B", "C"]):
+        guesses.recall("07", together)
+        assert said(capsys) == apart
 
 
 def test_the_nearest_of_two_hints_is_given(capsys):
@@ -79,7 +100,7 @@ def test_a_result_of_0_is_met_by_0_alone(capsys):
 LESSONS = {"A": "more would train.", "B": "they have no gradient.", "C": "none is in fp32."}
 
 
-@pytest.mark.parametrize("guess", ["b", " B ", "(b)", "B."])
+@pytest.mark.parametrize("guess", ["b", " B ", "(b)", "B.", "B,", "[B]", "'B'"])
 def test_a_right_letter_may_be_written_in_several_ways(guess, capsys):
     guesses.choice(guess, "B", LESSONS)
     assert said(capsys) == "you said B, and so it is: they have no gradient.\n"

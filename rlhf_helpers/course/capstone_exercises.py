@@ -121,13 +121,13 @@ def check_place_score(answer):
 
 MISLED = CPU.ppo_config(init_kl_coef=0.0, kl_budget=None, gradient_accumulation_steps=1)
 ALONE = {  # a setting that was changed alone, and what it does
-    "learning_rate": "a smaller rate goes the same way, only later: nothing calls it back",
+    "learning_rate": "another rate goes the same way, sooner or later: nothing calls it back",
     "seed": "another seed takes another path to the same place",
     "temperature": "that changes how it samples, not what it is paid for",
     "gradient_accumulation_steps": "half as many updates a batch go the same way, only later",
     "ppo_epochs": "fewer or more updates a batch change the pace, not the aim",
-    "batch_size": "more answers a step make the gradient less noisy, and its aim is the same",
-    "max_grad_norm": "a shorter step goes the same way, only later",
+    "batch_size": "another batch size makes the gradient more or less noisy, and its aim is the same",
+    "max_grad_norm": "another bound on a step goes the same way, sooner or later",
     "cliprange": "the clip holds a step near the step before it, not near the reference",
     "score_clip": "that bounds the score of one answer, and answers just below the bound are still followed",
     "target": "the controller that has a target is off (adap_kl_ctrl), and its price starts at 0",
@@ -156,8 +156,9 @@ def check_one_setting(answer):
                 f"at a price of {value:g} KL is still cheap: at 0.02 runs went 14 nats (notebook 07, section 5)",
             )
         if value > 0.5:
-            return say(False, f"at a price of {value:g} two nats cost a whole deviation: it will hardly move at all")
-        return say(True, f"a price of {value:g}: {1 / value:.0f} nats cost one deviation of the score")
+            return say(False, f"at a price of {value:g} one nat costs {value:g} of a deviation: it will hardly move at all")
+        near = "; it will stay near, and learn little (notebook 07, section 5)" if value >= 0.2 else ""
+        return say(True, f"a price of {value:g}: {1 / value:.3g} nats cost one deviation of the score{near}")
     if name == "kl_budget":
         if not 2 <= value <= 12:
             return say(

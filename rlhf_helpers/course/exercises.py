@@ -6,8 +6,8 @@ import operator
 from rlhf_helpers.config import CPU
 from rlhf_helpers.course.capstone_exercises import *  # noqa: F403 (notebook 09)
 from rlhf_helpers.course.first_exercises import check_leave_one_out, check_mean_under_new  # noqa: F401 (notebook 00)
-from rlhf_helpers.course.grading import function, not_a_config, number, same, say
-from rlhf_helpers.course.loop_exercises import check_own_advantages, trained_with  # noqa: F401 (05)
+from rlhf_helpers.course.grading import function, not_a_config, number, same, say, ticked  # noqa: F401
+from rlhf_helpers.course.loop_exercises import check_net_score, check_own_advantages, check_word_reward, trained_with  # noqa: F401 (05)
 from rlhf_helpers.course.more_exercises import check_group_normalised, check_share_between, check_what_follows  # noqa: F401 (notebook 08)
 from rlhf_helpers.course.part_exercises import check_advantages, check_lora, check_pad_left  # noqa: F401 (notebooks 01, 03, 04)
 
@@ -17,6 +17,7 @@ from rlhf_helpers.course.part_exercises import check_advantages, check_lora, che
 def check_bits_per_weight(answer):
     """Bits per weight of NF4 with double quantization."""
     hints = [
+        (4.13, "rounded; put the formula, or four figures"),
         (4.5, "that is without double quantization: the scale of a block takes 8 bits now, not 32"),
         (4.125, "almost: the 8-bit scales have 32-bit scales of their own, one for each 256 of them"),
         (4.0, "only the codes: every block of 64 weights also has a scale"),
@@ -54,6 +55,9 @@ def check_mistral_gigabytes(answer):
         (7.242e9 * 4.127 / 8 / 1e9, "embeddings and head are not quantized: 2 bytes for each of their numbers"),
         (7.242e9 * 4 / 8 / 1e9, "4 bits for everything: the scales are missing, and embeddings and head stay in bf16"),
         (7.242e9 * 2 / 1e9, "that is bf16 throughout"),
+        ((6.98e9 * 4 / 8 + 0.262e9 * 2) / 1e9, "the scales are missing: 4.127 bits for each weight"),
+        ((6.98e9 * 4.5 / 8 + 0.262e9 * 2) / 1e9, "that is without double quantization: 4.127 bits, not 4.5"),
+        ((6.98e9 * 4.127 / 8 + 0.262e9 * 2) / 2**30, "that is in GiB, 2**30 bytes; take 10**9"),
         (6.98e9 * 4.127 / 8 / 1e9, "embeddings and head are missing"),
         ((6.98e9 * 4.127 + 0.262e9 * 16) / 1e9, "that is gigabits: divide by 8"),
     ]
@@ -71,6 +75,9 @@ def check_difference_for_90_percent(answer):
         (-math.log(0.9), "that is the loss, -log 0.9; the difference is log(0.9 / 0.1)"),
         (math.log(0.9), "log 0.9 forgets the other side: log(0.9 / 0.1)"),
         (-math.log(9), "the sign: the first one is preferred, so its score is the higher one"),
+        (9.0, "9 is the odds, 0.9 / 0.1; the difference is their logarithm"),
+        (math.log2(9), "that is the logarithm to base 2; sigmoid has e"),
+        (-math.log(0.1), "log 0.1 forgets the other side: log(0.9 / 0.1)"),
         (math.log10(9), "that is the logarithm to base 10"),
         (1 / (1 + math.exp(-0.9)), "that is sigmoid(0.9), the probability at a difference of 0.9; here we go the other way"),
     ]
@@ -117,17 +124,17 @@ def check_positions(answer):
     """A function attention_mask (B, L) -> position ids (B, L) of left-padded rows; a pad's position does not matter."""
     import torch
 
-    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-    right = torch.tensor([[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]])
+    masks = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]), torch.tensor([[0, 1, 1], [0, 0, 1], [1, 1, 1]])
+    right = lambda m: torch.where(m == 1, m.cumsum(1) - 1, -1)  # -1: whatever stands there
     alike = lambda a, b: a.shape == b.shape and a.is_floating_point() == b.is_floating_point()
-    agree = lambda a, b: alike(a, b) and same(a[mask == 1], b[mask == 1])
+    agree = lambda a, b: alike(a, b) and same(a[b >= 0], b[b >= 0])
     hints = [
         (lambda m: (m.cumsum(1) - 1).float(), "positions are whole numbers: leave them a LongTensor"),
         (lambda m: torch.arange(m.shape[1]).expand_as(m), "every row counts from its left edge: pads are counted too"),
         (lambda m: m.cumsum(1), "one too many: the first real token should be at position 0"),
         (lambda m: m.cumsum(0) - 1, "summed down the batch; sum along the row, dimension 1"),
     ]
-    function(answer, [((mask,), right)], hints, agree, praise="the first real token is at 0 in every row")
+    function(answer, [((mask,), right(mask)) for mask in masks], hints, agree, praise="the first real token is at 0 in every row")
 
 
 def check_leaked(answer):
@@ -163,6 +170,7 @@ def check_kl_per_response(answer):
     kept = lambda a, b, m: torch.where(m, a - b, 0.0)
     hints = [
         (lambda a, b, m: (a - b).sum(1), "the pads are in it: use the mask"),
+        (lambda a, b, m: (a - b).nansum(1), "that drops NaN, not padding: a pad may hold any number; use the mask"),
         (lambda a, b, m: ((a - b) * m).sum(1), "NaN times 0 is NaN: choose with torch.where(mask, ..., 0.0) instead of multiplying"),
         (lambda a, b, m: torch.where(m, torch.exp(b - a) - 1 + (a - b), 0.0).sum(1), "that is k3; here by k1, the difference of the log-probs"),
         (lambda a, b, m: kept(b, a, m).sum(1), "the sign: logprobs - ref_logprobs"),
@@ -207,20 +215,23 @@ def check_gets_gradient(answer):
     """A function (advantages, ratios, cliprange) -> which tokens the clipped loss still moves, boolean."""
     import torch
 
-    advantages = torch.tensor([1.0, 1.0, 0.4, -0.4, -1.0, -1.0])
-    ratios = torch.tensor([0.7, 1.0, 1.3, 0.7, 1.0, 1.3])
+    advantages = torch.tensor([1.0, 1.0, 0.4, -0.4, -1.0, -1.0, 2.0])
+    ratios = torch.tensor([0.7, 1.0, 1.3, 0.7, 1.0, 1.3, 1.3])
     inside = lambda a, r, c: (r > 1 - c) & (r < 1 + c)
     hints = [
         (inside, "clipping works in one direction: a good token below 1 - cliprange and a bad one above 1 + cliprange still move"),
         (lambda a, r, c: torch.where(a > 0, r > 1 - c, r < 1 + c), "the sides are swapped: a good token (A > 0) is stopped above 1 + cliprange"),
         (lambda a, r, c: ~torch.where(a > 0, r < 1 + c, r > 1 - c), "those are the tokens that are stopped"),
         (lambda a, r, c: torch.where(a > 0, r < 1 + c, r > 1 - c).float(), "those are numbers; a boolean tensor is wanted"),
+        (lambda a, r, c: torch.ones_like(r, dtype=torch.bool), "nothing is stopped there: a good token is above 1 + cliprange, a bad one below 1 - cliprange"),
+        (lambda a, r, c: r > 1 - c, "right for bad tokens; a good one (A > 0) is stopped above 1 + cliprange"),
         (lambda a, r, c: (r - 1) * a < c, "whether a token is stopped depends on its ratio and the sign of A alone"),
         (lambda a, r, c: r < 1 + c, "right for good tokens; a bad one (A < 0) is stopped below 1 - cliprange"),
     ]
-    cases = [((advantages, ratios, 0.2), torch.tensor([True, True, False, False, True, True]))]
-    cases.append(((advantages, ratios, 0.4), torch.ones(6, dtype=torch.bool)))
-    agree = lambda a, b: (a.dtype == torch.bool) == (b.dtype == torch.bool) and same(a, b)
+    cases = [((advantages, ratios, 0.2), torch.tensor([True, True, False, False, True, True, False]))]
+    cases.append(((advantages, ratios, 0.4), torch.ones(7, dtype=torch.bool)))
+    truths = lambda x: str(x.dtype).endswith("bool")  # numpy's, too
+    agree = lambda a, b: truths(a) == truths(b) and same(a, b)
     function(answer, cases, hints, agree, praise="a brake in one direction on each side")
 
 
@@ -234,7 +245,8 @@ def check_eight_updates(answer):
     group = answer.mini_batch_size * answer.gradient_accumulation_steps
     updates = answer.ppo_epochs * answer.batch_size // group
     if answer.batch_size != 16:
-        return say(False, f"batch_size is {answer.batch_size}; it must stay 16")
+        halved = "" if CPU.ppo_config().batch_size == 16 else " (RLHF_FAST=1 has halved the profile's: give batch_size=16)"
+        return say(False, f"batch_size is {answer.batch_size}; it must stay 16{halved}")
     if updates == 8:
         return say(True, f"{answer.ppo_epochs} epochs x 16 responses / {group} for each optimizer step = 8")
     hint = ""
@@ -243,38 +255,6 @@ def check_eight_updates(answer):
     elif updates > 8:
         hint = "; epochs and minibatches multiply"
     say(False, f"that makes {updates} optimizer step{'s' * (updates != 1)}{hint}")
-
-
-def check_net_score(answer):
-    """A function history -> for each PPO step the mean score minus what the KL took from a response, a list."""
-    numbers = ((0.5, 4.0, 0.05, 40.0), (1.4, 9.0, 0.10, 50.0), (0.9, 6.0, 0.07, 45.0))
-    names = ("ppo/mean_scores", "objective/kl", "objective/kl_coef", "tokens/responses_len_mean")
-    history = [dict(zip(names, row)) for row in numbers]
-    each = lambda f: lambda history: [f(*(row[name] for name in names)) for row in history]
-    hints = [
-        (each(lambda s, kl, c, n: s - kl), "the KL is in nats; kl_coef turns it into units of the score"),
-        (each(lambda s, kl, c, n: s + c * kl), "the penalty is taken away, not added"),
-        (each(lambda s, kl, c, n: s - c * kl * n), "objective/kl is a sum over the response already; do not multiply by its length"),
-        (each(lambda s, kl, c, n: s - c * kl / n), "objective/kl is a sum over the response, and the response pays all of it"),
-        (each(lambda s, kl, c, n: s - 0.05 * kl), "the coefficient can change from step to step: take it from the same row"),
-        (each(lambda s, kl, c, n: s), "that is the score alone; what does the KL cost?"),
-    ]
-    function(answer, [((history,), [s - c * kl for s, kl, c, _ in numbers])], hints, praise="score minus price times KL, step by step")
-
-
-def check_word_reward(answer):
-    """A reward function (prompts, responses) -> minus a tenth of a point for every word beyond the twentieth, a list."""
-    texts = ["one two three", "word " * 20, "word " * 25, "word " * 22, "extraordinarily-long-words indeed"]
-    prompts = ["a prompt of three words"] * len(texts)
-    right = lambda prompts, texts: [-0.1 * max(0, len(text.split()) - 20) for text in texts]
-    hints = [
-        (lambda p, texts: [-0.1 * len(t.split()) for t in texts], "the first twenty words are free"),
-        (lambda p, texts: [-0.1 * (len(t.split()) - 20) for t in texts], "a short answer gets a bonus here; use max(0, ...)"),
-        (lambda p, texts: [0.1 * max(0, len(t.split()) - 20) for t in texts], "the sign: more words should be worse"),
-        (lambda p, texts: [-0.1 * max(0, len(t) - 20) for t in texts], "len of a string counts letters; split it into words first"),
-        (lambda p, texts: [-1.0 * max(0, len(t.split()) - 20) for t in texts], "a tenth of a point for each word, not a whole one"),
-    ]
-    function(answer, [((prompts, texts), right(prompts, texts))], hints, praise="one number for each response, and only length counts")
 
 
 # ---------------------------------------------------------------- 06 TRL, and beyond one machine
@@ -286,6 +266,9 @@ def check_kept_scores(answer):
     hints = [
         (numbers * 2 / 1e9, "that is bf16; fp32 has 4 bytes a number"),
         (numbers / 1e9, "that is how many numbers, in billions; each has 4 bytes"),
+        (64 * 512 * 32_000 * 4 / 1e9, "that is for a vocabulary of 32,000; here it has 128,256 ids"),
+        (numbers * 4, "those are bytes"),
+        (numbers * 8 / 1e9, "that is fp64; fp32 has 4 bytes a number"),
         (512 * 128_256 * 4 / 1e9, "that is one response, and there are 64"),
         (64 * 128_256 * 4 / 1e9, "that is one token of each response, and TRL keeps all 512"),
         (64 * 512 * 4 / 1e9, "that is one number a token; a score stands there for each id of the vocabulary"),
@@ -376,7 +359,7 @@ def check_steps_until_spent(answer):
     ]
     runs = [[1.0, 2.0, 9.0, 3.0, 4.0, 12.0, 14.0, 15.0, 2.0], [0.1, 0.2, 0.3], [20.0, 1.0, 1.0, 1.0, 1.0]]
     runs += [[1.0, 1.0, 1.0, 12.0, 14.0, 9.0, 1.0], [8.0, 8.0, 9.0]]  # where other windows end elsewhere; at the budget
-    cases = [((kls, 8.0), until()(kls, 8.0)) for kls in runs]
+    cases = [((kls, budget), until()(kls, budget)) for kls, budget in [*((kls, 8.0) for kls in runs), (runs[0], 5.0)]]
     function(answer, cases, hints, praise="the same rule as PPOTrainer.train's")
 
 

@@ -1,7 +1,10 @@
 """How an exercise check grades an answer: a number, a function or a PPOConfig, whatever a learner may have put there."""
 
+import contextlib
 import copy
+import io
 import math
+import re
 
 from rlhf_helpers.config import PPOConfig
 
@@ -11,21 +14,43 @@ def say(ok, words):
     print(f"{'✓' if ok else '✗'} {words}")
 
 
+def ticked(check, answer):
+    """Whether a check gives an answer its tick, without a word."""
+    with contextlib.redirect_stdout(io.StringIO()) as page:
+        check(answer)
+    return page.getvalue().startswith("✓")
+
+
 def number(answer, right, hints=(), within=0.005, praise="right"):
     """Check a number. `hints` are pairs (wrong answer, likely mistake), of which the nearest is given; `within` is the relative
     tolerance."""
     if answer is ...:
         return say(False, "no answer yet: put your number where the three dots are")
-    try:
-        given = math.nan if isinstance(answer, str) else float(answer)
-    except Exception:  # whatever a learner may put there
-        given = math.nan
-    if math.isnan(given):
+    given = as_number(answer)
+    if given is None:
         return say(False, f"{shown(answer)} is not a number")
     if math.isclose(given, right, rel_tol=within):
         return say(True, praise)
     near = [(abs(given - wrong), hint) for wrong, hint in hints if math.isclose(given, wrong, rel_tol=within)]
     say(False, min(near)[1] if near else f"{given:g} is too {'small' if given < right else 'large'}")
+
+
+def as_number(answer):
+    """A float of a number, or of a text or a pair that is one to a reader: "93 %", "1,024", "93,5" and (93, 5), which Python makes of
+    93,5. None for what is none, whatever it is."""
+    try:
+        if isinstance(answer, (bool, bytes)):
+            return None
+        if isinstance(answer, tuple) and len(answer) == 2 and all(type(part) is int for part in answer) and answer[1] >= 0:
+            answer = "{},{}".format(*answer)
+        if isinstance(answer, str):
+            (answer,) = re.fullmatch(r"\s*([-+]?[\d.,]*\d(?:[eE][-+]?\d+)?)\s*[^\d.,]*", answer).groups()
+            thousands = re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", answer)
+            answer = answer.replace(",", "" if thousands else ".")
+        given = float(answer)
+    except Exception:  # whatever a learner may put there
+        return None
+    return None if math.isnan(given) else given
 
 
 def function(answer, cases, hints=(), agree=None, praise="right"):
@@ -45,10 +70,15 @@ def function(answer, cases, hints=(), agree=None, praise="right"):
     def results(function):
         return [function(*copy.deepcopy(arguments)) for arguments, _ in cases]  # it may change its arguments
 
-    try:
-        given = results(answer)
-    except Exception as error:
-        return say(False, f"your function stopped with {type(error).__name__}: {error}")
+    given = []
+    for arguments, _ in cases:
+        try:
+            given.append(answer(*copy.deepcopy(arguments)))
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}".removesuffix(": ")
+            return say(False, f"your function stopped with {why}\n  for {', '.join(map(shown, arguments))}")
+    if any(hasattr(result, "__next__") for result in given):
+        return say(False, "an iterator came back, which can be read once: wrap it in list(...)")
     if all(result is ... or result is None for result in given):
         return say(False, "no answer yet: the function returns nothing")
     right = [agrees(result, expected) for result, (_, expected) in zip(given, cases)]
@@ -83,7 +113,7 @@ def not_a_config(answer):
     if answer is ...:
         return "no answer yet: put a PPOConfig where the three dots are"
     if not isinstance(answer, PPOConfig):
-        return f"a {type(answer).__name__} is no PPOConfig; start from CPU.ppo_config(...)"
+        return f"{shown(answer)} is no PPOConfig; start from CPU.ppo_config(...)"
     try:
         answer.__post_init__()  # its fields may have been set by hand
     except Exception as error:
@@ -109,3 +139,17 @@ def same(a, b):
         return math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-5) or (a != a and b != b)
     except TypeError:
         return type(a) is type(b) and a == b
+
+
+def near_pairs(a, b):
+    """Whether two results, tensors or pairs of them, agree up to rounding."""
+    import torch
+
+    if isinstance(b, torch.Tensor) or isinstance(a, torch.Tensor):
+        return (
+            isinstance(a, torch.Tensor)
+            and isinstance(b, torch.Tensor)
+            and a.shape == b.shape
+            and torch.allclose(a.float(), b, atol=1e-3)
+        )
+    return len(a) == len(b) == 2 and all(near_pairs(x, y) for x, y in zip(a, b))

@@ -5,7 +5,7 @@ learning")."""
 
 import math
 
-from rlhf_helpers.course.grading import shown
+from rlhf_helpers.course.grading import as_number, shown
 from rlhf_helpers.course.recall import QUESTIONS
 
 INVITATION = "Put your guess where the dots are next time, before you look."
@@ -21,6 +21,8 @@ def number(guess, truth, unit="", hints=(), within=0.25):
     given = as_number(guess)
     if given is None:
         return print(f"{shown(guess)} is no number; {result}.")
+    if unit.startswith(("%", "percent")) and 0 < given < 1 < truth:
+        given *= 100  # a share
     far = lambda x: abs(given - x)
     wrong, lesson = min(hints, key=lambda hint: far(hint[0]), default=(truth, ""))
     lesson = f" {lesson}" if far(wrong) <= within * abs(wrong) and far(wrong) < far(truth) else ""
@@ -48,6 +50,9 @@ def recall(notebook, *letters):
     """Three answers to the questions at the start of a notebook, named by its number, a line each: what a wrong letter mixes up,
     and where that was. The right letter is not given away: one can try again."""
     questions = QUESTIONS[notebook]
+    if len(letters) == 1 and letters[0] is not ...:  # "BBA", "B B A" or ["B", "B", "A"]
+        together = list(letters[0]) if isinstance(letters[0], (list, tuple)) else [c for c in str(letters[0]) if c.isalpha()]
+        letters = together if len(together) == len(questions) else letters
     given = [*letters, *[...] * len(questions)][: len(questions)]
     if all(letter is ... for letter in given):
         return print("From memory first: put a letter for each question where the dots are, and run the cell again.")
@@ -66,19 +71,10 @@ def plain(x):
     """A number as one would write it: whole ones whole, others to three figures, thousands parted."""
     if not math.isfinite(x):
         return str(x)
-    return f"{x:,.0f}" if x == int(x) or abs(x) >= 1000 else f"{x:.3g}"
-
-
-def as_number(guess):
-    """A float; None for what is none, whatever it is."""
-    try:
-        given = math.nan if isinstance(guess, str) else float(guess)
-    except Exception:  # whatever a learner may put there
-        given = math.nan
-    return None if math.isnan(given) else given
+    return f"{x + 0.0:,.0f}" if x == int(x) or abs(x) >= 1000 else f"{x:.3g}"
 
 
 def as_letter(guess, letters):
     """One of `letters` for "b", " B " or "(b)"; None for all else."""
-    letter = guess.strip(" \t\n().:").upper() if isinstance(guess, str) else None
+    letter = guess.strip(" \t\n().:,;[]'\"").upper() if isinstance(guess, str) else None
     return letter if letter in letters else None

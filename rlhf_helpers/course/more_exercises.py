@@ -16,8 +16,10 @@ def check_share_between(answer):
     spread = lambda rewards: rewards.mean(1).var(unbiased=False) - flat(rewards) / k(rewards)
     over_n = lambda rewards: spread(rewards) / (spread(rewards) + flat(rewards))
     drawn = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
-    cases = [drawn + torch.arange(5.0)[:, None], 0.5 * drawn[:3, :2] + torch.tensor([[0.0], [3.0], [-1.0]])]
+    cases = [drawn + torch.arange(5.0)[:, None], 3 * drawn[:3, :2] + torch.tensor([[0.0], [3.0], [-1.0]])]
+    by_prompts = lambda rewards: rewards.mean(1).var() - within(rewards) / len(rewards)
     hints = [
+        (lambda r: by_prompts(r) / (by_prompts(r) + within(r)), "a mean of k answers scatters by within / k: k is rewards.shape[1], not the number of prompts"),
         (lambda r: r.mean(1).var() / r.var(), "the mean of a prompt's answers still scatters by within / answers, even if all prompts were alike: take that off"),
         (over_n, "variances over n - 1, as torch takes them"),
         (population, "the mean of a prompt's answers still scatters by within / answers, even if all prompts were alike: take that off"),
@@ -37,13 +39,19 @@ def check_group_normalised(answer):
 
     less_mean = lambda groups: groups - groups.mean(1, keepdim=True)
     right = lambda groups: less_mean(groups) / (groups.std(1, keepdim=True) + 1e-4)
-    alike = lambda a, b: a.shape == b.shape and torch.allclose(a.to(b), b, rtol=1e-3, atol=1e-3, equal_nan=True)
+    near_0 = lambda x: bool(x.abs().max() < 0.1)  # of a group that is equal up to rounding, whatever was added below the line
+    near = lambda a, b: torch.allclose(a.to(b), b, rtol=1e-3, atol=1e-3, equal_nan=True)
+    alike = lambda a, b: a.shape == b.shape and (near(a, b) or (near_0(a) and near_0(b)))
     drawn = torch.randn(2, 4, generator=torch.Generator().manual_seed(2))
     cases = [torch.cat([drawn, torch.full((1, 4), 0.5)]), torch.tensor([[1.0, 0.0, 0.0], [2.0, -2.0, 0.5]])]
+    cases.append(torch.full((1, 3), -0.34267085790634155))  # its mean rounds
+    tiny = "answers that got the same differ from their mean by rounding, and that is blown up: add more than rounding, such as 1e-4"
     k = lambda groups: groups.shape[1]
     hints = [
         (less_mean, "that is the group's mean alone (Dr. GRPO); divide by the group's deviation as well"),
         (lambda g: less_mean(g) / g.std(1, keepdim=True), "a group whose answers all got the same has deviation 0, and 0/0 is NaN: add a little, such as 1e-4, below the line"),
+        (lambda g: (less_mean(g) / g.std(1, keepdim=True)).nan_to_num(), tiny),
+        (lambda g: less_mean(g) / (g.std(1, keepdim=True) + 1e-8), tiny),
         (lambda g: less_mean(g) / (g.std() + 1e-4), "one deviation for the whole batch; each group has its own, along dimension 1"),
         (lambda g: (g - g.mean()) / (g.std() + 1e-4), "that is over the whole batch; each group has its own mean and deviation, along dimension 1"),
         (lambda g: less_mean(g) / (g.std(1, keepdim=True, unbiased=False) + 1e-4), "the deviation over k - 1, as torch's std takes it, and as TRL does"),
