@@ -54,13 +54,13 @@ def save_checkpoint(trainer, folder, extra=None):
         raise InputError(
             f"save: extra has something that JSON cannot keep ({error}); expected text, numbers, lists and dicts"
         ) from None
-    for name, weight in state_of(trainer).parameters.items():
-        if not weight.isfinite().all():  # `resume` would refuse it, and the last whole one would be gone
+    state = state_of(trainer)
+    moments = {f"Adam's {key} of {name}": of[key] for name, of in state.adam.items() for key in ADAM}
+    for name, tensor in [*state.parameters.items(), *moments.items()]:
+        if not tensor.isfinite().all():  # `resume` would refuse it, and the last whole one would be gone
             raise InputError(
                 f"{folder}: not saved: {name} has numbers that are not finite; the last whole one, if there was one, is kept"
             )
-    checked_config(f"{folder}: not saved", vars(trainer.config))
-    checked_history(lambda number: f"{folder}: not saved: history row {number}", trainer.history, trainer.steps_done)
     everyones = gather_object([random_states(trainer)])
     failed = None
     if trainer.accelerator.is_main_process:
@@ -74,6 +74,16 @@ def save_checkpoint(trainer, folder, extra=None):
 
 
 def _write(trainer, folder, everyones, extra):
+    about = dict(
+        version=VERSION,
+        steps_done=trainer.steps_done,
+        kl_coef=trainer.kl_coef,
+        num_processes=trainer.accelerator.num_processes,
+        config=vars(trainer.config),
+        extra=extra,
+    )
+    checked_about(f"{folder}: not saved", about)
+    checked_history(lambda number: f"{folder}: not saved: history row {number}", trainer.history, trainer.steps_done)
     with whole_folder(folder, sign="trainer.json") as beside:
         if trainer.model.has_adapters:
             trainer.model.pretrained_model.save_pretrained(beside)
@@ -84,14 +94,6 @@ def _write(trainer, folder, everyones, extra):
         tensors |= {f"adam.{key}.{name}": moments[key] for name, moments in state.adam.items() for key in ADAM}
         tensors |= {f"random.{kind}.{rank}": tensor for rank, states in enumerate(everyones) for kind, tensor in states.items()}
         _save_tensors(tensors, beside / "trainer.safetensors")
-        about = dict(
-            version=VERSION,
-            steps_done=trainer.steps_done,
-            kl_coef=trainer.kl_coef,
-            num_processes=trainer.accelerator.num_processes,
-            config=vars(trainer.config),
-            extra=extra,
-        )
         write_text(beside / "trainer.json", json.dumps(about, indent=1) + "\n")
         save_jsonl(beside / "history.jsonl", trainer.history)
         write_manifest(beside)
@@ -210,29 +212,29 @@ def _read(folder):
     check_manifest(folder)
     path = folder / "trainer.json"
     about = read_json(path)
+    checked_about(path, about)
+    return folder, about
+
+
+def checked_about(where, about):
+    """Raises InputError, which begins with `where`, unless this is what trainer.json says of a run. What is loaded is checked, and what
+    is saved: a checkpoint that could not be loaded would have taken the place of the last whole one."""
 
     def need(name, ok, expected):
         if name not in about or not ok(about[name]):
             found = f"{name} is {shown(about[name])}" if name in about else f"no {name}"
-            raise InputError(f"{path}: {found}; expected {expected}")
+            raise InputError(f"{where}: {found}; expected {expected}")
 
     whole = lambda value: type(value) is int
     if not isinstance(about, dict):
-        raise InputError(f"{path}: a {type(about).__name__}; expected an object")
+        raise InputError(f"{where}: a {type(about).__name__}; expected an object")
     need("version", lambda value: whole(value) and value == VERSION, f"{VERSION}")
     need("steps_done", lambda value: whole(value) and 0 <= value < 2**31, "a whole number from 0")
     need("kl_coef", lambda value: type(value) in (int, float) and 0 <= value < 1e300, "a finite number from 0")
     need("num_processes", lambda value: whole(value) and 1 <= value < 2**16, "a whole number from 1")
     need("extra", lambda value: isinstance(value, dict), "an object")
     need("config", lambda value: isinstance(value, dict), "an object")
-    checked_config(path, about["config"])
-    return folder, about
-
-
-def checked_config(where, config):
-    """Raises InputError, which begins with `where`, unless a dict is that of a PPOConfig. What is loaded is checked, and what is saved:
-    a checkpoint that could not be loaded would have taken the place of the last whole one."""
-    fields = vars(PPOConfig()).keys()
+    config, fields = about["config"], vars(PPOConfig()).keys()
     for name in [*(fields - config.keys()), *(config.keys() - fields)]:
         raise InputError(
             f"{where}: config {'lacks' if name in fields else 'has'} {shown(name)}; expected the fields of PPOConfig"
@@ -248,6 +250,8 @@ def checked_history(where, rows, steps_done):
     begins with `where(number)`, for a row that is none."""
     last = 0
     for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise InputError(f"{where(number)}: a {type(row).__name__}; expected the stats of a step")
         step = row.get("step")
         if type(step) is not int or not last < step <= steps_done:
             raise InputError(f"{where(number)}: step is {shown(step)}; expected a whole number from {last + 1} to {steps_done}")

@@ -106,8 +106,8 @@ def evaluate_here(trainer, prompts, reward_fn, seed, batch_size, reference):
             batch = queries[start : start + batch_size]
             responses = trainer.generate(batch, generator=generator, reference=reference)
             texts += trainer.decode(responses)
-            of = lambda: kl_of(trainer.inspect(batch, responses, advantages=gae_advantages))  # groups may be cut here
-            kl += [0.0] * len(batch) if reference else of()
+            # A batch may cut groups in two, so it is not asked for the advantages of those.
+            kl += [0.0] * len(batch) if reference else kl_of(trainer.inspect(batch, responses, advantages=gae_advantages))
             done.update(len(batch))
     rewards = reward_fn(list(prompts), list(texts))
     if not is_list(rewards) or len(rewards := list(rewards)) != len(texts):

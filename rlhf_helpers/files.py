@@ -32,39 +32,36 @@ def whole_folder(folder, sign):
     another process is saving to. An OSError becomes NotWritten, one sentence with its reason."""
     place = Path(os.path.realpath(folder))
     beside, old = place.with_name(f".{place.name}.part"), aside(place)
-    with contextlib.ExitStack() as held:
-        if beside.is_dir():  # of a save that was killed, or of one that is at work
-            hold(beside, held, f"{folder}: another save to it is under way; expected one at a time, or another folder")
-        yield from _swapped(folder, sign, place, beside, old, held)
-
-
-def _swapped(folder, sign, place, beside, old, held):
     try:
-        if old.is_dir() and not place.exists():  # a save was killed between its two renames
-            old.rename(place)
-        if place.is_file():
-            raise InputError(f"{folder}: is a file; expected a folder, or a new name")
-        if place.exists() and any(place.iterdir()) and not (place / sign).exists():
-            raise InputError(
-                f"{folder}: holds other things and no {sign}; expected a new folder, or one made by an earlier save"
-            )
-        _remove(beside)
-        beside.mkdir(parents=True)
-        hold(beside, held, f"{folder}: another save to it has begun; expected one at a time, or another folder")
-        yield beside
-        flush(beside)
-        if place.exists():
-            _remove(old)
-            place.rename(old)
-        beside.rename(place)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with alone_at(place, f"{folder}: another save to it is under way; expected one at a time, or another folder"):
+            try:
+                if old.is_dir() and not place.exists():  # a save was killed between its two renames
+                    old.rename(place)
+                if place.is_file():
+                    raise InputError(f"{folder}: is a file; expected a folder, or a new name")
+                if place.exists() and any(place.iterdir()) and not (place / sign).exists():
+                    raise InputError(
+                        f"{folder}: holds other things and no {sign}; expected a new folder, or one made by an earlier save"
+                    )
+                _remove(beside)
+                beside.mkdir()
+                yield beside
+                flush(beside)
+                if place.exists():
+                    _remove(old)
+                    place.rename(old)
+                beside.rename(place)
+            except BaseException:
+                shutil.rmtree(beside, ignore_errors=True)
+                if old.is_dir() and not place.exists():
+                    old.rename(place)
+                raise
+            _flush_folder(place.parent)
+            shutil.rmtree(old, ignore_errors=True)
     except BaseException as error:
-        shutil.rmtree(beside, ignore_errors=True)
-        if old.is_dir() and not place.exists():
-            old.rename(place)
         raise_written(folder, error)
         raise
-    _flush_folder(place.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -103,8 +100,8 @@ def raise_written(path, error):
 
 
 def lock(file):
-    """Take a lock on an open file, or a descriptor, that ends with this process; BlockingIOError or PermissionError if another has
-    it. Where the file system has none, nobody is kept out."""
+    """Take a lock on an open file that ends with this process; BlockingIOError or PermissionError if another has it. Where the file
+    system has none, nobody is kept out."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -119,16 +116,29 @@ def lock(file):
         pass
 
 
-def hold(folder, held, refusal):
-    """Lock a folder until `held`, an ExitStack, is left. Raises InputError, `refusal`, if another process has it. Where folders cannot
-    be locked (Windows), nobody is kept out."""
-    with contextlib.suppress(PermissionError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        held.callback(os.close, descriptor)
+@contextlib.contextmanager
+def alone_at(place, refusal):
+    """Inside, nobody else is at this place: a file `.<name>.lock` beside it is locked, and removed afterwards. Raises InputError,
+    `refusal`, if somebody is."""
+    path = place.with_name(f".{place.name}.lock")
+    while True:
+        file = open(path, "ab")
         try:
-            lock(descriptor)
-        except BlockingIOError:
+            lock(file)
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
+        except (BlockingIOError, PermissionError):
+            file.close()
             raise InputError(refusal) from None
+        file.close()  # whoever was there has removed it since we opened it
+    try:
+        yield
+    finally:
+        if os.name == "nt":  # an open file cannot be removed there
+            file.close()
+        with contextlib.suppress(OSError):
+            path.unlink()
+        file.close()
 
 
 def flush(folder):

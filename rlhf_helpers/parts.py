@@ -109,7 +109,7 @@ def processes(config):
 
 
 def reference_of(model, ref_model, device):
-    """The reference, without dropout: what is given (asked without gradients, and left as it is: another trainer may train it), or a
+    """The reference, without dropout: what is given (moved to the device and asked without gradients, but not frozen: another trainer may train it), or a
     frozen copy of a policy without adapters, or None: then it is the policy with its adapters switched off."""
     if ref_model is None and model.has_adapters:
         return None

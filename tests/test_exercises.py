@@ -414,6 +414,14 @@ def test_no_answer_whatever_raises_or_gets_a_tick(check, capsys):
         assert verdict(capsys, check, answer)[0] == "✗"
 
 
+def test_what_an_answer_prints_is_no_verdict():
+    right = lambda p, texts: print("✗ three responses") or [float(text.strip().endswith(".")) for text in texts]
+    wrong = lambda p, texts: print("✓ done") or [1.0 for _ in texts]
+    assert exercises.ticked(exercises.check_full_stop_reward, right)
+    assert not exercises.ticked(exercises.check_full_stop_reward, wrong)
+    assert not exercises.ticked(exercises.check_full_stop_reward, ...)
+
+
 def test_an_answer_may_change_its_arguments(capsys):
     def in_place(rewards, values, gamma, lam):
         rewards.reverse(), values.reverse()

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 
 import pytest
 
@@ -187,6 +188,30 @@ def test_two_saves_at_once_are_one_save_and_a_refusal(tmp_path):
             save(tmp_path / "run", "second")
         assert (first / "sign").read_text() == "first"  # and it is not touched
     assert (tmp_path / "run" / "sign").read_text() == "first" and [file.name for file in tmp_path.iterdir()] == ["run"]
+
+
+def test_saves_that_begin_together_leave_one_of_them_whole(tmp_path):
+    save(tmp_path / "run", "old")
+    said = []
+
+    def worker(text, barrier):
+        barrier.wait()
+        try:
+            save(tmp_path / "run", text)
+            said.append(text)
+        except InputError as error:
+            said.append(str(error))
+
+    for number in range(40):
+        barrier, texts = threading.Barrier(2), [f"{number} a", f"{number} b"]
+        both = [threading.Thread(target=worker, args=(text, barrier)) for text in texts]
+        said.clear()
+        [thread.start() for thread in both], [thread.join() for thread in both]
+        saved = [text for text in said if text in texts]
+        assert saved and all(text in saved or "another save to it is under way" in text for text in said), said
+        check_manifest(tmp_path / "run")
+        assert (tmp_path / "run" / "sign").read_text() in saved
+    assert [file.name for file in tmp_path.iterdir()] == ["run"]
 
 
 def test_somebody_s_own_name_with_part_is_left_alone(tmp_path):

@@ -60,6 +60,10 @@ def said(capsys):
         ("8", "you guessed 8, it is 4.13 bits: too large. Four bits are half of that."),
         ("4,13 bits", "you guessed 4.13, it is 4.13 bits: that is it."),
         ((4, 13), "you guessed 4.13, it is 4.13 bits: that is it."),
+        ("4,127", "you guessed 4.13, it is 4.13 bits: that is it."),
+        ((4, 127), "you guessed 4.13, it is 4.13 bits: that is it."),
+        ("0,127", "you guessed 0.127, it is 4.13 bits: too small."),
+        ("4,127,000", "you guessed 4,127,000, it is 4.13 bits: too large."),
         ("1,000,000", "you guessed 1,000,000, it is 4.13 bits: too large."),
         ("eight", "'eight' is no number; it is 4.13 bits."),
         (True, "True is no number; it is 4.13 bits."),
@@ -74,6 +78,8 @@ def test_a_share_where_percent_are_asked_for_is_taken_for_one(capsys):
     for guess in (0.93, "0.93", "93 %"):
         guesses.number(guess, 93.5, "% of the tokens")
         assert said(capsys) == "you guessed 93, it is 93.5 % of the tokens: close.\n"
+    guesses.number("0.5 %", 6.0, "%")
+    assert said(capsys) == "you guessed 0.5, it is 6 %: too small.\n"
     guesses.number(0.5, 0.4, "percent")
     assert said(capsys).startswith("you guessed 0.5,")
 

@@ -68,6 +68,8 @@ def test_every_reward_model_that_is_listed_has_a_name_that_is_known(tmp_path, mo
 
 
 def test_the_logs_of_reward_models_score_every_answer_and_every_pair():
-    for log in runs.logs_of("reward_models"):
+    logs = runs.logs_of("reward_models")
+    assert {(log.head["condition"], log.head["seed"]) for log in logs} >= {("course", 0), *(("resampled", n) for n in range(5))}
+    for log in logs:
         assert len(log.after["rewards"]) == 120 * 16 and len(log.after["chosen"]) == len(log.after["rejected"]) >= 190
         assert np.isfinite(log.after["rewards"]).all() and np.std(log.after["rewards"]) > 0.1

@@ -18,7 +18,9 @@ def ticked(check, answer):
     """Whether a check gives an answer its tick, without a word."""
     with contextlib.redirect_stdout(io.StringIO()) as page:
         check(answer)
-    return page.getvalue().startswith("✓")
+    return [line[0] for line in page.getvalue().splitlines() if line.startswith(("✓", "✗"))][-1:] == [
+        "✓"
+    ]  # the check speaks last
 
 
 def number(answer, right, hints=(), within=0.005, praise="right"):
@@ -26,7 +28,7 @@ def number(answer, right, hints=(), within=0.005, praise="right"):
     tolerance."""
     if answer is ...:
         return say(False, "no answer yet: put your number where the three dots are")
-    given = as_number(answer)
+    given = as_number(answer, right)
     if given is None:
         return say(False, f"{shown(answer)} is not a number")
     if math.isclose(given, right, rel_tol=within):
@@ -35,18 +37,20 @@ def number(answer, right, hints=(), within=0.005, praise="right"):
     say(False, min(near)[1] if near else f"{given:g} is too {'small' if given < right else 'large'}")
 
 
-def as_number(answer):
+def as_number(answer, near=math.inf):
     """A float of a number, or of a text or a pair that is one to a reader: "93 %", "1,024", "93,5" and (93, 5), which Python makes of
-    93,5. None for what is none, whatever it is."""
+    93,5; of the two readings of "4,127" the one nearer to `near`. None for what is none, whatever it is."""
     try:
         if isinstance(answer, (bool, bytes)):
             return None
         if isinstance(answer, tuple) and len(answer) == 2 and all(type(part) is int for part in answer) and answer[1] >= 0:
-            answer = "{},{}".format(*answer)
+            answer = "{}.{}".format(*answer)
         if isinstance(answer, str):
             (answer,) = re.fullmatch(r"\s*([-+]?[\d.,]*\d(?:[eE][-+]?\d+)?)\s*[^\d.,]*", answer).groups()
-            thousands = re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", answer)
-            answer = answer.replace(",", "" if thousands else ".")
+            grouped = re.fullmatch(r"[-+]?[1-9]\d{0,2}(,\d{3})+(\.\d+)?", answer)
+            readings = [answer.replace(",", "")] if grouped else []
+            readings += [answer.replace(",", ".")] if answer.count(",") + answer.count(".") <= 1 else []
+            answer = min(map(float, readings or [answer]), key=lambda reading: abs(reading - near))
         given = float(answer)
     except Exception:  # whatever a learner may put there
         return None

@@ -18,10 +18,10 @@ def number(guess, truth, unit="", hints=(), within=0.25):
     result = f"it is {plain(truth)} {unit}".rstrip()
     if guess is ...:
         return print(f"{result}. {INVITATION}")
-    given = as_number(guess)
+    given = as_number(guess, truth)
     if given is None:
         return print(f"{shown(guess)} is no number; {result}.")
-    if unit.startswith(("%", "percent")) and 0 < given < 1 < truth:
+    if unit.startswith(("%", "percent")) and 0 < given < 1 < truth and not (isinstance(guess, str) and "%" in guess):
         given *= 100  # a share
     far = lambda x: abs(given - x)
     wrong, lesson = min(hints, key=lambda hint: far(hint[0]), default=(truth, ""))

@@ -51,8 +51,8 @@ def correlations(scores):
 def gold_over_n(conditions):
     """Gold of the best of n over n, a line for the mean of each condition's reward models, a band for what they span: {name:
     condition}. None without scores."""
-    found = {name: scores_of(condition) for name, condition in conditions.items()}
-    if any(scores is None for scores in found.values()):
+    found = {name: scores for name, condition in conditions.items() if (scores := scores_of(condition)) is not None}
+    if not found:
         return None
     figure, axes = plots.new_figure(size=(7.6, 3.6))
     axis, sizes = axes[0, 0], [n for n in SIZES if n <= next(iter(found.values())).shape[-1]]

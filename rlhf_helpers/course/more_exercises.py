@@ -44,7 +44,7 @@ def check_group_normalised(answer):
     alike = lambda a, b: a.shape == b.shape and (near(a, b) or (near_0(a) and near_0(b)))
     drawn = torch.randn(2, 4, generator=torch.Generator().manual_seed(2))
     cases = [torch.cat([drawn, torch.full((1, 4), 0.5)]), torch.tensor([[1.0, 0.0, 0.0], [2.0, -2.0, 0.5]])]
-    cases.append(torch.full((1, 3), -0.34267085790634155))  # its mean rounds
+    cases.append(torch.full((2, 3), -0.34267085790634155))  # its mean rounds
     tiny = "answers that got the same differ from their mean by rounding, and that is blown up: add more than rounding, such as 1e-4"
     k = lambda groups: groups.shape[1]
     hints = [
