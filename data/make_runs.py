@@ -15,7 +15,9 @@ cores). Seconds in the logs are then those of half a machine.
 A log (rlhf_helpers/course/runs.py reads it) has the settings, every step's stats, prompts, texts and scores, and the texts of the
 last evaluation, so that another rule can be applied to a run later. Recipes are compared on the dev prompts with seeds from 100;
 the frozen recipe, and what is compared with it, ends with the test prompts, on which nothing is chosen. `reward_model` in a log's
-head (not in the earlier ones) tells which reward model a run was trained on, `judge` in its last line which one scored its last evaluation."""
+head (not in the earlier ones) tells which reward model a run was trained on, `judge` in its last line which one scored its last evaluation.
+The logs of `reward_models` have no steps: their head names a reward model, their last line has what it says of the untrained model's
+answers to the test prompts, and of both sides of the test pairs."""
 
 import argparse
 import math
@@ -171,7 +173,14 @@ def make_scores(run):
     after = {side: rounded(reward_model(prompts, [pair[side] for pair in pairs])) for side in ("chosen", "rejected")}
     after |= dict(split=run.split, rewards=rounded(reward_model(base.judged, base.after["responses"])))
     head = dict(experiment=run.experiment, condition=run.condition, seed=run.seed, reward=run.reward, machine=processor())
+    head |= dict(reward_model=digest_of_folder(find_whole(scored_by(run))))
     write_log(log_file(run), head, [], after)
+
+
+def scored_by(run):
+    """The folder of the reward model that `make_scores` asks."""
+    names = dict(model=JUDGE.name, resampled=f"reward_models/resampled_{run.seed}")
+    return JUDGE.parent / names.get(run.reward, f"reward_models/{run.reward}_seed{run.seed}")
 
 
 def part(text):

@@ -34,7 +34,8 @@ class Log:
     head: dict  # experiment, condition, seed, config, seconds ...
     steps: list  # dicts: short names of stats, and per response prompts, texts, scores, kls
     after: (
-        dict  # split, responses, rewards, kl: the last evaluation, prompt by prompt; judge: who scored it; perhaps other_judges
+        dict  # split, responses, rewards, kl: the last evaluation, prompt by prompt; judge: who scored it; perhaps other_judges.
+        # Of a reward model, whose log has no steps: split, rewards (of the untrained model's answers), chosen and rejected (of test pairs)
     )
 
     @cached_property
