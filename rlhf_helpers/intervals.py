@@ -1,5 +1,7 @@
 """Bootstrap intervals (Efron 1979): how far a mean could have come out otherwise. All are 95 %, and the same at every call."""
 
+from functools import lru_cache
+
 import numpy as np
 
 DRAWS = 10_000
@@ -14,18 +16,31 @@ def quantiles(draws):
 def mean_interval(values, draws=DRAWS, seed=0):
     """(mean, (low, high)) of independent values, (n,), such as one number a prompt."""
     values = np.asarray(values, dtype=float)
-    resampled = np.random.default_rng(seed).choice(values, (draws, len(values))).mean(1)
-    return float(values.mean()), quantiles(resampled)
+    return float(values.mean()), quantiles(values[drawn(len(values), draws, seed)].mean(1))
+
+
+@lru_cache(maxsize=4)  # the same at every call, and drawing them takes longer than all that is done with them
+def drawn(n, draws, seed):
+    """(draws, n): which of n values each resample has."""
+    return np.random.default_rng(seed).integers(0, n, (draws, n))
+
+
+@lru_cache(maxsize=4)
+def shares(seeds, prompts, draws, seed):
+    """(draws, seeds) and (draws, prompts): what share of each resample each seed and each prompt is."""
+    rng = np.random.default_rng(seed)
+    counts = lambda n: rng.multinomial(n, np.full(n, 1 / n), size=draws) / n
+    return counts(seeds), counts(prompts)
 
 
 def two_level_interval(values, draws=DRAWS, seed=0):
     """(mean, (low, high)) of (seeds, prompts): both the seeds and the prompts are drawn anew, since both were chosen by chance and
     others would have given other numbers. (A crossed, or "pigeonhole", bootstrap: Owen 2007, arXiv:0712.1111.) Of fewer than six
     seeds a bootstrap hardly leaves what they span; there its ends are moved out as Student's t is wider than the normal."""
-    values, rng = np.asarray(values, dtype=float), np.random.default_rng(seed)
+    values = np.asarray(values, dtype=float)
     seeds, prompts = values.shape
-    counts = lambda n: rng.multinomial(n, np.full(n, 1 / n), size=draws) / n  # how often each was drawn, (draws, n)
-    resampled = np.einsum("ds,sp,dp->d", counts(seeds), values, counts(prompts))
+    of_seeds, of_prompts = shares(seeds, prompts, draws, seed)
+    resampled = ((of_seeds @ values) * of_prompts).sum(1)
     mean, (low, high) = float(values.mean()), quantiles(resampled)
     wider = STUDENT[seeds] / 1.96 * (seeds / (seeds - 1)) ** 0.5 if seeds in STUDENT else 1.0
     return mean, (mean + wider * (low - mean), mean + wider * (high - mean))

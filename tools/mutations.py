@@ -108,7 +108,7 @@ FAULTS = [
     Fault("a flipped bit is not seen", "files.py", 'if sha256 != about["sha256"]:', "if False:", "files"),
     Fault("the old folder goes before the new one stands", "files.py", "            place.rename(old)\n",
           "            shutil.rmtree(place)\n", "files"),
-    Fault("renamed before it is on the disk", "files.py", "        flush(beside)\n", "", "files"),
+    Fault("renamed before it is on the disk", "files.py", "                flush(beside)\n", "", "files"),
     # several processes: one update, as of one
     Fault("whitened by each process alone", "trainer.py", "self.advantages)(rollout, config, total)",
           "self.advantages)(rollout, config)", "processes"),
