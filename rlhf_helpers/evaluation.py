@@ -113,9 +113,8 @@ def evaluate_here(trainer, prompts, reward_fn, seed, batch_size, reference):
     if not is_list(rewards) or len(rewards := list(rewards)) != len(texts):
         raise InputError(f"the reward function gave {shown(rewards)} for {len(texts)} answers; expected a number for each")
     checked_scores("evaluate", rewards)
-    rewards = [
-        score.item() if hasattr(score, "item") else float(np.reshape(score, ())) for score in rewards
-    ]  # as precise as they came
+    precise = lambda score: score.item() if hasattr(score, "item") else float(np.reshape(score, ()))  # as precise as it came
+    rewards = list(map(precise, rewards))
     return list(zip(texts, rewards, map(gold_reward, prompts, texts), kl, strict=True))
 
 

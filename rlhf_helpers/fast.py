@@ -115,8 +115,8 @@ def adapters_of(modules):
     diagonal, and nothing but zeros for parts of the stack without an adapter; scaling is one number for each column."""
     downs, ups, scalings = [], [], []
     for module in modules:
-        if any(name in module.lora_A for name in getattr(module, "active_adapters", ())):
-            name = next(name for name in module.active_adapters if name in module.lora_A)
+        name = next((name for name in getattr(module, "active_adapters", ()) if name in module.lora_A), None)
+        if name is not None:
             downs.append(module.lora_A[name].weight)
             ups.append(module.lora_B[name].weight)
             scalings += [module.scaling[name]] * len(ups[-1])

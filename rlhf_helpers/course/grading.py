@@ -18,9 +18,8 @@ def ticked(check, answer):
     """Whether a check gives an answer its tick, without a word."""
     with contextlib.redirect_stdout(io.StringIO()) as page:
         check(answer)
-    return [line[0] for line in page.getvalue().splitlines() if line.startswith(("✓", "✗"))][-1:] == [
-        "✓"
-    ]  # the check speaks last
+    verdicts = [line[0] for line in page.getvalue().splitlines() if line.startswith(("✓", "✗"))]
+    return verdicts[-1:] == ["✓"]  # an answer may print what it likes; the check speaks last
 
 
 def number(answer, right, hints=(), within=0.005, praise="right"):
@@ -146,7 +145,7 @@ def same(a, b):
 
 
 def near_pairs(a, b):
-    """Whether two results, tensors or pairs of them, agree up to rounding."""
+    """Whether two results, tensors or pairs of them, agree up to rounding, and up to a 1e-4 that guards a division by 0."""
     import torch
 
     if isinstance(b, torch.Tensor) or isinstance(a, torch.Tensor):
