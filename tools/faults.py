@@ -120,6 +120,8 @@ def started(arguments, log, saved=None, at_step=None):
     def work():
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, 1), os.dup2(descriptor, 2)
+        # Streams of its own: this process's own may remember a file that can be sought in, where now is a pipe.
+        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
         save = script.Keeper.save
 
         def telling(keeper):
