@@ -276,7 +276,7 @@ def with_figure(experiment, text):
     if text == NONE_YET:
         return text
     alt = {
-        "counting": "Score and gold over the steps, a line a run: without a price the score climbs to 9 and more, and the gold falls to 0",
+        "counting": "Score and gold over the steps, a line a run: without a price the score climbs to 10 and more, and the gold falls to 0",
         "reward_models": "Gold of the best of n over n, a line for each number of pairs that the choosing reward model was trained on",
     }.get(
         experiment,
