@@ -11,6 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from bs4 import BeautifulSoup
+from PIL import Image
 
 from rlhf_helpers.config import REPOSITORY
 from tests.test_browser import Browser, no_browser, wait_for
@@ -218,6 +219,21 @@ def test_a_norm_is_as_high_as_its_letters_and_no_line_begins_with_the_comma_afte
     page = make_site.Page("GLOSSARY.md", ["GLOSSARY.md"])
     assert re.search(r"<span class='whole'><math.*</math>,</span> and", page.markdown("$x$, and $y$ alone"))
     assert page.markdown("$x$ alone").count("whole") == 0
+
+
+def test_a_line_ends_neither_in_an_option_nor_in_an_interval_nor_before_a_per_cent_sign():
+    page = make_site.Page("GLOSSARY.md", ["GLOSSARY.md"])
+    assert '<code>python <span class="whole">--ppo_epochs</span> 4</code>' in page.markdown("`python --ppo_epochs 4`")
+    assert "97\u00a0% of" in page.markdown("97 % of")
+    row = page.markdown("| a | b | c | d |\n|---|---|---|---|\n| +0.66 (+0.54 to +0.79) | 61% to 96% | 16 of 16 | x (a to b) |")
+    assert re.findall('<td class="whole"[^>]*>(.*?)</td>', row) == ["+0.66 (+0.54 to +0.79)", "61% to 96%"]
+
+
+def test_figures_are_shown_at_one_scale(site, pages):
+    for name, page in pages.items():
+        for picture in page.select(".output_picture img[src$=png]"):
+            with Image.open((site / name).parent / picture["src"]) as image:
+                assert int(picture["width"]) == image.width // 1.5, (name, picture["src"])
 
 
 # ---------------------------------------------------------------- a course of one notebook

@@ -146,6 +146,15 @@ class Renderer(IPythonRenderer):
         self.page.headings.append((level, plain, anchor))
         return f'<h{level} id="{escape(anchor)}">{text}<a class="anchor" href="#{quote(anchor)}" aria-label="link to here">#</a></h{level}>\n'
 
+    def text(self, text):
+        """A per cent sign stays on the line of its number."""
+        return super().text(re.sub(r"(?<=\d) (?=%)", "\u00a0", text))
+
+    def codespan(self, text):
+        """A line may end between words, and not at a hyphen within one."""
+        whole = r'<span class="whole">\1</span>'
+        return re.sub(r"(?<![^\s>])(?=[^\s<]*-)([^\s<>]{2,36})(?![^\s<])", whole, super().codespan(text))
+
     def link(self, text, url, title=None):
         return super().link(text, self.page.address(url), title)
 
@@ -166,9 +175,8 @@ class Renderer(IPythonRenderer):
         names = cycle([plain(name) for name in re.findall(r"<th\b[^>]*>(.*?)</th>", text, re.DOTALL)] or [""])
         longest = max(map(len, map(plain, re.findall(r"<td\b[^>]*>(.*?)</td>", text, re.DOTALL))), default=0)
         text = re.sub("<td", lambda _: f'<td data-name="{escape(next(names))}"', text.replace(r"\|", "|"))  # a bar within code
-        return (
-            f'<div class="scroll" tabindex="0"><table class="{"lines" if longest > 40 else "numbers"}">\n{text}</table></div>\n'
-        )
+        kind = "lines" if longest > 40 else "numbers"
+        return f'<div class="scroll" tabindex="0"><table class="{kind}">\n{whole_intervals(text)}</table></div>\n'
 
 
 class Exporter(HTMLExporter):
@@ -186,6 +194,7 @@ class Exporter(HTMLExporter):
         self.register_filter("markdown2html", self.page.markdown)
         self.register_filter("flow", flow)
         self.register_filter("without_colours", without_colours)
+        self.register_filter("whole_intervals", whole_intervals)
 
     def default_filters(self):
         yield from (pair for pair in super().default_filters() if pair[0] != "markdown2html")
@@ -200,6 +209,16 @@ def flow(text):
 def without_colours(html):
     """An output of IPython's `Code` without its own colours, which hold for the whole page, and for a light ground alone."""
     return re.sub(r'<style>[^<]*</style>(?=<div class="highlight">)', "", html)
+
+
+def pixels(png):
+    """The width that a PNG says it has."""
+    return int.from_bytes(png[16:20], "big")
+
+
+def whole_intervals(html):
+    """Cells of a table that hold an interval, or a number with one, are not broken into lines."""
+    return re.sub(r"<td\b(?=[^>]*>[+−-]?\d[^<\s]* (?:\(|to )[^<]{1,25}</td>)", '<td class="whole"', html)
 
 
 # ---------------------------------------------------------------- pages
@@ -273,6 +292,9 @@ class Page:
             "output_files_dir": f"{PurePosixPath(self.source).stem}_files",
         }
         html, resources = Exporter(self).from_notebook_node(nbformat.reads(self.text, as_version=4), resources)
+        for name, content in resources["outputs"].items():
+            if name.endswith(".png"):  # its letters are as large as those of its neighbours, whatever its width
+                html = html.replace(f'src="{quote(name)}"', f'src="{quote(name)}" width="{pixels(content) // 1.5:.0f}"')
         return html, resources["outputs"]
 
 
