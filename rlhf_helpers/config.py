@@ -72,7 +72,7 @@ class PPOConfig:
     early_stopping: bool = setting(False, "end the epochs of a step when its KL passes 1.5 x target_kl")
     target_kl: float = setting(1.0, "nats per token, for early_stopping")
     max_grad_norm: float | None = setting(None, "clip the gradient's norm at every optimizer step")
-    ratio_threshold: float = setting(10.0, "leave out a minibatch whose mean ratio is above this")
+    ratio_threshold: float = setting(10.0, "leave out an update if a minibatch of it has a mean ratio above this")
     seed: int = setting(0, "of sampling, of the order of minibatches and of the prompts")
     log_with: str | None = setting(None, 'an Accelerate tracker: "tensorboard", "trackio" or "wandb"')
 

@@ -66,8 +66,13 @@ def check_parts(config, model, ref_model, tokenizer, advantages=None):
             "ref_model is the policy itself, or shares weights with it that learn (PEFT puts adapters into the model that it is "
             "given); expected None (its adapters switched off) or another model"
         )
-    if bare(ref_model).config.get_text_config().vocab_size < vocabulary:
+    ids = bare(ref_model).config.get_text_config().vocab_size
+    if ids < vocabulary:
         raise InputError(f"ref_model has fewer token ids than the policy; expected at least {vocabulary}")
+    if ids > vocabulary and config.kl_penalty == "full":
+        raise InputError(
+            f"ref_model has {ids} token ids and the policy {vocabulary}; expected as many, since kl_penalty 'full' compares all of them"
+        )
 
 
 def check_loop(steps, reward_fn, on_step):

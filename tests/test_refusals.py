@@ -47,6 +47,10 @@ PARTS = {
         lambda folder: tiny.trainer(with_lora(llama()), ref_model=llama(vocab_size=64)),
         "at least 128",
     ),
+    "a reference of more words, for KL over all of them": (
+        lambda folder: tiny.trainer(with_lora(llama()), ref_model=llama(vocab_size=160), kl_penalty="full"),
+        "ref_model has 160 token ids and the policy 128; expected as many",
+    ),
     "virtual tokens": (
         lambda folder: tiny.trainer(get_peft_model(llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))),
         "virtual tokens",

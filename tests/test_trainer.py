@@ -431,6 +431,25 @@ def test_a_minibatch_whose_ratio_is_above_the_threshold_is_left_out():
     assert all(torch.equal(after[name], before[name]) for name, _ in trainer.model.named_parameters())
 
 
+def test_one_such_minibatch_leaves_out_its_whole_update_and_adam_does_not_step():
+    """TRL 0.11.4 multiplies that minibatch's loss by 0, and Adam goes on by its moments."""
+    trainer = tiny.trainer(mini_batch_size=2, gradient_accumulation_steps=2, ratio_threshold=10.0)
+    trainer.step(*batch())  # moments that are not 0
+    minibatch, far, before = trainer._minibatch, [11.0, 1.0], state(trainer)
+
+    def one_is_far(rollout, rows):
+        loss, stats = minibatch(rollout, rows)
+        return loss, stats | {"policy/ratio_mean": far.pop(0)}
+
+    trainer._minibatch = one_is_far
+    stats = trainer.step(*batch())
+    after = state(trainer)
+    assert stats["ppo/skipped_updates"] == 1 and math.isfinite(stats["ppo/loss/total"]) and far == []
+    assert int(before["adam.0.step"]) == 1 and [name for name in before if not torch.equal(after[name], before[name])] == [
+        "steps"
+    ]
+
+
 def test_nan_in_what_belongs_to_pads_changes_no_gradient():
     def gradients(poison):
         trainer = tiny.trainer(with_lora(tiny.llama(), b_scale=0.2))

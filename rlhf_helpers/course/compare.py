@@ -13,7 +13,20 @@ from rlhf_helpers.evaluation import chosen_of
 from rlhf_helpers.intervals import two_level_interval
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
-COLOURS = (plots.BLUE, plots.ORANGE, plots.GREEN, plots.RED, plots.PURPLE)
+COLOURS = (
+    plots.BLUE,
+    plots.ORANGE,
+    plots.GREEN,
+    plots.RED,
+    plots.PURPLE,
+    "#56B4E9",
+    "#000000",
+    "#994F00",
+    "#5D3A9B",
+    "#40B0A6",
+    "#B8A800",
+)
+TOGETHER = ("headline", "advantages", "dpo")  # what is compared in one plane has its colours and shapes in every plane
 COLUMNS = [
     "condition",
     "seeds",
@@ -68,12 +81,18 @@ def verdict(values):
     return spread(interval) + (": a tie" if low <= 0 <= high else "")
 
 
+def listed(*experiments):
+    """{condition: its number} of experiments, in the order in which they are listed."""
+    conditions = dict.fromkeys(run.condition for experiment in experiments for run in EXPERIMENTS[experiment])
+    return {condition: number for number, condition in enumerate(conditions)}
+
+
 def by_condition(*experiments):
-    """{condition: its logs} of experiments, in the order of their names."""
+    """{condition: its logs} of experiments, in the order in which they are listed."""
     found = {}
     for log in (log for experiment in experiments for log in logs_of(experiment)):
         found.setdefault(log.head["condition"], []).append(log)
-    return found
+    return {condition: found[condition] for condition in listed(*experiments) if condition in found}
 
 
 def against_frozen(logs, name):
@@ -95,8 +114,8 @@ def rows(*experiments):
 
 def not_made(*experiments):
     """What is listed in the experiments and has no log yet: the names of the conditions."""
-    listed = [run.condition for experiment in experiments for run in EXPERIMENTS[experiment]]
-    return [condition for condition in dict.fromkeys(listed) if condition not in by_condition(*experiments)]
+    made = by_condition(*experiments)
+    return [condition for condition in listed(*experiments) if condition not in made]
 
 
 # ---------------------------------------------------------------- the figure
@@ -131,25 +150,27 @@ def plane(*experiments, names=None, marks=None, shapes=None):
             f"best of {n}" if n > 1 else "untrained", (x, y), (4, -9), textcoords="offset points", fontsize=8, color=plots.GREY
         )
     label = lambda log: (names or {}).get(log.head["condition"], log.head["condition"])
-    labels = list(dict.fromkeys(map(label, logs)))
-    colours = COLOURS
+    place = listed(*(TOGETHER if set(experiments) <= set(TOGETHER) else experiments))
+    numbers = {label(log): place[log.head["condition"]] for log in sorted(logs, key=lambda log: -place[log.head["condition"]])}
+    labels, colours = sorted(numbers, key=numbers.get), COLOURS
     if shapes:
         labels = [name for name in dict.fromkeys(names.values()) if name in labels]
         colours = [plots.colormaps["viridis"](place) for place in np.linspace(0, 0.92, len(labels))]
     markers = dict(zip(sorted(set((shapes or {}).values())), "os^DvP*"))
-    for number, name in enumerate(labels):
+    for name in labels:
         own = [log for log in logs if label(log) == name]
         x, y = [math.sqrt(max(log.kl, 0)) for log in own], [log.gold.mean() for log in own]
+        number = labels.index(name) if shapes else numbers[name]
         colour = colours[number % len(colours)]
         if shapes:
             axis.scatter([], [], color=colour, marker="o", s=26, label=name)
-            for log, *place in zip(own, x, y):
-                axis.scatter(*place, color=colour, marker=markers[shapes[log.head["condition"]]], s=26, zorder=3)
+            for log, *at in zip(own, x, y):
+                axis.scatter(*at, color=colour, marker=markers[shapes[log.head["condition"]]], s=26, zorder=3)
         else:
             axis.scatter(x, y, color=colour, marker="os^DvP*"[number % 7], s=26, label=name, zorder=3)
-        for log, *place in zip(own, x, y):
+        for log, *at in zip(own, x, y):
             if mark := (marks or {}).get(log.head["condition"]):
-                axis.annotate(mark, place, (5, -3), textcoords="offset points", fontsize=8, color=colour)
+                axis.annotate(mark, at, (5, -3), textcoords="offset points", fontsize=8, color=colour)
     for shape, marker in markers.items():
         axis.scatter([], [], color=plots.GREY, marker=marker, s=26, label=shape)
     axis.set_xlabel("KL, nats an answer (axis: its square root)", fontsize=9)

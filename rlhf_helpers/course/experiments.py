@@ -116,8 +116,8 @@ SAMPLERS = {  # "exact" is the headline's
 ENSEMBLES = {f"{how}_of_five": dict(reward=f"ensemble_{how}", minutes=10) for how in ("mean", "min")}
 
 COUNTING = {  # a proxy that never reads the prompt, with and without what is there to keep a policy in bounds
-    "no_price": dict(reward="warm_words", settings=dict(init_kl_coef=0.0, kl_budget=None), steps=48, minutes=9),
     "frozen": dict(reward="warm_words"),
+    "no_price": dict(reward="warm_words", settings=dict(init_kl_coef=0.0, kl_budget=None), steps=48, minutes=9),
 }
 
 # The blind runs of notebook 09; the healthy one is a headline run. "labelled" is a reward model from 50 pairs.
