@@ -358,7 +358,8 @@ def build(folder):
         made |= {normpath(str(PurePosixPath(page.source).parent / name)): content for name, content in beside.items()}
         made |= {picture: (ROOT / picture).read_bytes() for picture in page.pictures}
     for page in ready:
-        narrow = "<style>.rlhf-inspector :is(select, .bar label) { max-width: 100%; } .back { color: inherit; }</style>"
+        narrow = "<style>.rlhf-inspector :is(select, .bar label) { max-width: 100%; } .rlhf-inspector :is(th, td:not(.n)) { white-space: normal !important; overflow-wrap: anywhere; }"
+        narrow += " .back { color: inherit; }</style>"
         back = f'<p><a class="back" href="{page.to(start.target)}">{escape(start.title)}</a></p>'
         made[page.target] = re.sub("<body.*?>", lambda body: body[0] + back + narrow, page.text, count=1).encode()
     made["style.css"] = style(set().union(*(page.symbols for page in order))).encode()
