@@ -79,6 +79,9 @@ def test_the_plane_has_a_dot_for_every_run_and_best_of_n_as_a_line(home):
     assert [text.get_text() for text in axis.texts] == ["untrained", "best of 2", "best of 4"]
     assert len(axis.lines[0].get_xdata()) == 3
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["value head", "beta_1"]
+    alone = compare.plane("dpo").axes[0].collections[0]  # a method has one colour and one shape, whatever stands beside it
+    assert (alone.get_facecolor() == axis.collections[1].get_facecolor()).all()
+    assert (alone.get_paths()[0].vertices == axis.collections[1].get_paths()[0].vertices).all()
     one = compare.plane("headline", "dpo", names=dict.fromkeys(("frozen", "beta_1"), "all"), marks={"beta_1": "1"}).axes[0]
     assert [len(scatter.get_offsets()) for scatter in one.collections] == [3]  # one word, one colour
     assert [(text.get_text(), text.xy) for text in one.texts if text.get_text() == "1"] == [("1", (1.0, 0.0))]

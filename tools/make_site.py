@@ -357,9 +357,11 @@ def build(folder):
         ).encode()  # fmt: skip
         made |= {normpath(str(PurePosixPath(page.source).parent / name)): content for name, content in beside.items()}
         made |= {picture: (ROOT / picture).read_bytes() for picture in page.pictures}
+    sheet = (TEMPLATES / "style.css").read_text(encoding="utf-8")
     for page in ready:
-        narrow = "<style>.rlhf-inspector :is(select, .bar label) { max-width: 100%; } .rlhf-inspector :is(th, td:not(.n)) { white-space: normal !important; overflow-wrap: anywhere; }"
-        narrow += " .back { color: inherit; }</style>"
+        narrow = (
+            f"<style>{' '.join(re.findall('^[.]rlhf-inspector .*', sheet, re.MULTILINE))} .back {{ color: inherit; }}</style>"
+        )
         back = f'<p><a class="back" href="{page.to(start.target)}">{escape(start.title)}</a></p>'
         made[page.target] = re.sub("<body.*?>", lambda body: body[0] + back + narrow, page.text, count=1).encode()
     made["style.css"] = style(set().union(*(page.symbols for page in order))).encode()

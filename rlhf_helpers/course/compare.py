@@ -13,19 +13,8 @@ from rlhf_helpers.evaluation import chosen_of
 from rlhf_helpers.intervals import two_level_interval
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
-COLOURS = (
-    plots.BLUE,
-    plots.ORANGE,
-    plots.GREEN,
-    plots.RED,
-    plots.PURPLE,
-    "#56B4E9",
-    "#000000",
-    "#994F00",
-    "#5D3A9B",
-    "#40B0A6",
-    "#B8A800",
-)
+MORE_COLOURS = ("#56B4E9", "#000000", "#994F00", "#5D3A9B", "#40B0A6", "#B8A800")
+COLOURS = (plots.BLUE, plots.ORANGE, plots.GREEN, plots.RED, plots.PURPLE, *MORE_COLOURS)
 TOGETHER = ("headline", "advantages", "dpo")  # what is compared in one plane has its colours and shapes in every plane
 COLUMNS = [
     "condition",
@@ -82,17 +71,16 @@ def verdict(values):
 
 
 def listed(*experiments):
-    """{condition: its number} of experiments, in the order in which they are listed."""
-    conditions = dict.fromkeys(run.condition for experiment in experiments for run in EXPERIMENTS[experiment])
-    return {condition: number for number, condition in enumerate(conditions)}
+    """The conditions of experiments, each once, in the order in which they are listed."""
+    return list(dict.fromkeys(run.condition for experiment in experiments for run in EXPERIMENTS[experiment]))
 
 
 def by_condition(*experiments):
-    """{condition: its logs} of experiments, in the order in which they are listed."""
-    found = {}
+    """{condition: its logs} of experiments, in the order in which they are listed; what is not listed comes last."""
+    found = {condition: [] for condition in listed(*experiments)}
     for log in (log for experiment in experiments for log in logs_of(experiment)):
         found.setdefault(log.head["condition"], []).append(log)
-    return {condition: found[condition] for condition in listed(*experiments) if condition in found}
+    return {condition: logs for condition, logs in found.items() if logs}
 
 
 def against_frozen(logs, name):
@@ -150,17 +138,19 @@ def plane(*experiments, names=None, marks=None, shapes=None):
             f"best of {n}" if n > 1 else "untrained", (x, y), (4, -9), textcoords="offset points", fontsize=8, color=plots.GREY
         )
     label = lambda log: (names or {}).get(log.head["condition"], log.head["condition"])
-    place = listed(*(TOGETHER if set(experiments) <= set(TOGETHER) else experiments))
-    numbers = {label(log): place[log.head["condition"]] for log in sorted(logs, key=lambda log: -place[log.head["condition"]])}
+    conditions = by_condition(*experiments)
+    order = list(dict.fromkeys([*listed(*(TOGETHER if set(experiments) <= set(TOGETHER) else experiments)), *conditions]))
+    numbers = {label(conditions[name][0]): order.index(name) for name in reversed(order) if name in conditions}
     labels, colours = sorted(numbers, key=numbers.get), COLOURS
     if shapes:
         labels = [name for name in dict.fromkeys(names.values()) if name in labels]
+        numbers = {name: number for number, name in enumerate(labels)}
         colours = [plots.colormaps["viridis"](place) for place in np.linspace(0, 0.92, len(labels))]
     markers = dict(zip(sorted(set((shapes or {}).values())), "os^DvP*"))
     for name in labels:
         own = [log for log in logs if label(log) == name]
         x, y = [math.sqrt(max(log.kl, 0)) for log in own], [log.gold.mean() for log in own]
-        number = labels.index(name) if shapes else numbers[name]
+        number = numbers[name]
         colour = colours[number % len(colours)]
         if shapes:
             axis.scatter([], [], color=colour, marker="o", s=26, label=name)
