@@ -13,6 +13,7 @@ import rlhf_helpers
 from rlhf_helpers.config import PPO_FIELDS, PROFILES, course_file, profile_named, project_root
 from rlhf_helpers.data import load_prompts, save_jsonl
 from rlhf_helpers.errors import InputError
+from rlhf_helpers.files import is_no_place, shown
 from rlhf_helpers.interrupts import Interrupted, finishing, terminable
 
 EPILOG = """\
@@ -116,6 +117,11 @@ def main(arguments=None):
     except KeyboardInterrupt as error:
         print("stopped; what was saved stays, and the same command goes on from there", file=sys.stderr)
         return 128 + getattr(error, "signum", signal.SIGINT)
+    except OSError as error:
+        if not is_no_place(error):
+            raise
+        print(f"error: {shown(error.filename)}: {error.strerror}; expected a place to read or write", file=sys.stderr)
+        return 2
 
 
 @dataclasses.dataclass
@@ -188,13 +194,13 @@ def run(options):
         several_processes()
     if processes.num_processes > 1 and not Path(job.reward_folder).exists():  # transformers' Trainer would join these processes
         raise InputError(f"{job.reward_folder}: no reward model yet; expected one from `python -m rlhf_helpers --prepare`")
-    if options.reward_model is not None:  # wrong folders are reported before the models are fetched
-        RewardModel.load(options.reward_model)
+    # wrong folders are reported before the models are fetched
+    reward = RewardModel.load(options.reward_model) if options.reward_model is not None else None
     if job.resume is not None:
         read_settings(job.resume, job.config, processes.num_processes)
     with processes.main_process_first():
         model_folder = resolve(job.profile.model)
-        reward = ensure_reward_model(job.reward_folder)
+        reward = reward or ensure_reward_model(job.reward_folder)
     if options.prepare:
         processes.print(f"ready: {job.profile.model}, {job.reward_folder}")
         leave_processes()
@@ -366,7 +372,7 @@ def standardise_on_base(trainer, reward, prompts, count=64, batch_size=32):
             done.update(len(responses) - done.n)
     reward.standardise(prompts, trainer.decode(responses))
     found = f"mean {reward.mean:.3f}, deviation {reward.std:.3f}"
-    trainer.accelerator.print(f"reward model: standardised on {count} samples of the base model, {found}")
+    trainer.accelerator.print(f"reward model: standardised on {len(prompts)} samples of the base model, {found}")
 
 
 # ---------------------------------------------------------------- results

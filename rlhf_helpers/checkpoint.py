@@ -21,7 +21,17 @@ from safetensors.torch import load_file, save_file
 from rlhf_helpers.config import PPOConfig
 from rlhf_helpers.data import read_jsonl, save_jsonl
 from rlhf_helpers.errors import InputError, MissingInput
-from rlhf_helpers.files import check_manifest, find_whole, read_json, reason, shown, whole_folder, write_manifest, write_text
+from rlhf_helpers.files import (
+    check_manifest,
+    checked_path,
+    find_whole,
+    read_json,
+    reason,
+    shown,
+    whole_folder,
+    write_manifest,
+    write_text,
+)
 
 VERSION = 2
 ADAM = ("step", "exp_avg", "exp_avg_sq")
@@ -46,11 +56,12 @@ class State:
 def save_checkpoint(trainer, folder, extra=None):
     """Write the trainer's whole state to `folder`, and with it `extra`, a dict that JSON can keep, for `read_settings`. Every
     process calls it, the main one writes. Raises files.NotWritten, on every process, and leaves the last checkpoint as it was."""
-    if not isinstance(extra or {}, dict):
+    folder = checked_path("save: folder", folder)
+    if not isinstance({} if extra is None else extra, dict):
         raise InputError(f"save: extra is {shown(extra)}; expected a dict")
     try:
         json.dumps(extra)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise InputError(
             f"save: extra has something that JSON cannot keep ({error}); expected text, numbers, lists and dicts"
         ) from None
@@ -203,7 +214,8 @@ def _check_settings(folder, about, config, processes, strict=True):
 
 def _read(folder):
     """(the folder that is whole, trainer.json with all types checked)."""
-    asked, folder = folder, find_whole(folder)
+    asked = checked_path("checkpoint", folder)
+    folder = find_whole(asked)
     made_by = "expected a folder made by PPOTrainer.save"
     if not folder.is_dir():
         raise MissingInput(f"{asked}: no checkpoint here; {made_by}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from rlhf_helpers.errors import InputError, MissingInput
+from rlhf_helpers.files import is_whole_unicode
 
 REPOSITORY = "https://github.com/OWNER/rlhf-ppo-notebooks"  # the one place that knows the repository's address
 DATA_FILE = "data/pairwise_prefs_part_1.jsonl"
@@ -83,7 +84,7 @@ class PPOConfig:
     num_generations: int = setting(1, "responses to each prompt of a step")
     missing_eos_penalty: float | None = setting(None, "taken from the score of a response without EOS")
     kl_budget: float | None = setting(
-        None, "nats of KL per response, mean of 4 steps, past which train() ends (Gao et al. 2023)"
+        None, "objective/kl per response, mean of 4 steps, past which train() ends (Gao et al. 2023)"
     )
 
     def __post_init__(self):
@@ -113,9 +114,10 @@ class PPOConfig:
             need(name, lambda value: type(value) is bool, "True or False")
         budget = lambda value: value is None or (type(value) in (int, float) and value > 0)
         need("kl_budget", budget, "None, inf or a number above 0")
+        text = lambda value: value is None or (type(value) is str and value.strip() and is_whole_unicode(value))
         kinds = ("kl", "abs", "mse", "full")
         need("kl_penalty", lambda value: type(value) is str and value in kinds, '"kl", "abs", "mse" or "full"')
-        need("system", lambda value: value is None or (type(value) is str and value.strip()), "None or some text")
+        need("system", text, "None or some text")
         need("log_with", lambda value: value is None or (type(value) is str and value), "None or a tracker's name")
         need("seed", lambda value: whole(value) and 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")
         if self.adap_kl_ctrl and self.horizon <= 0.2 * self.batch_size:

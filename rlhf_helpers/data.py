@@ -15,7 +15,7 @@ from os.path import commonprefix
 from pathlib import Path
 
 from rlhf_helpers.errors import InputError
-from rlhf_helpers.files import parse_json, read_bytes, shown, write_text
+from rlhf_helpers.files import is_whole_unicode, parse_json, read_bytes, shown, write_text
 
 PAIR = ("prompt", "chosen", "rejected")
 ROLES = {"user": "Human", "assistant": "Assistant", "system": "System"}  # to a chat template, and in a transcript
@@ -150,11 +150,6 @@ def _need(where, record, names, required):
             raise InputError(f"{where}: no field {name!r}; expected {_names(required)}")
 
 
-def is_whole_unicode(text):
-    """Whether a str has no half of a surrogate pair, which JSON can hold and no tokenizer takes."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in text)
-
-
 def _string(where, name, value, expected="a string", empty=False):
     """`value`, which must be text, and some unless it may be `empty`."""
     if not isinstance(value, str):
@@ -180,11 +175,29 @@ def _pairs(where, record):
             _string(where, name, record[name])
         return [{**record, "prompt": _prompt(where, record["prompt"])}]
     shared, chosen, rejected = (_split_text if isinstance(chosen, str) else _split_turns)(chosen, rejected)
-    prompt = _prompt(where, record["prompt"]) if "prompt" in record else shared
+    prompt = _prompt_before(where, record["prompt"], shared) if "prompt" in record else shared
     if prompt is None:
         raise InputError(f"{where}: no field 'prompt', and 'chosen' and 'rejected' do not begin alike; expected {_names(PAIR)}")
     usable = prompt.strip() and chosen.strip() and rejected.strip() and chosen != rejected
     return [dict(prompt=prompt, chosen=chosen, rejected=rejected)] if usable else []
+
+
+def _prompt_before(where, value, shared):
+    """The prompt of a pair whose answers are lists of turns. What these share is the conversation so far: it begins with the prompt, or
+    goes on after it."""
+    prompt = _prompt(where, value)
+    if shared is None:
+        return prompt
+    asked, so_far = ([(turn["role"], turn["content"].strip()) for turn in turns(text)] for text in (prompt, shared))
+    if so_far[0][0] == "assistant":  # the answers go on where the prompt ends
+        return transcript(turns(prompt) + turns(shared))
+    if asked[0][0] != "system" == so_far[0][0]:
+        so_far = so_far[1:]
+    if so_far[: len(asked)] != asked:
+        raise InputError(
+            f"{where}: field 'prompt' is {shown(value)}, and both answers begin with other turns; expected the same"
+        )
+    return prompt if len(so_far) == len(asked) else shared
 
 
 def _prompt(where, value):

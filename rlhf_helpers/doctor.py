@@ -161,11 +161,12 @@ def value_useless(run):
 
 def value_spike(run):
     """Against the steps before it: a loss that starts high and falls is a value head that learns."""
-    losses = run.series("ppo/loss/value")
-    for step in range(RECENT, len(losses)):
-        before = median(losses[step - RECENT : step])
-        if losses[step] > 10 * max(before, 1e-3):
-            return f"the value loss jumped to {losses[step]:.2f} at step {step + 1}; before, it was about {before:.3f}"
+    steps, losses = run.series("step"), run.series("ppo/loss/value")
+    for place in range(RECENT, len(losses)):
+        before = median(losses[place - RECENT : place])
+        if losses[place] > 10 * max(before, 1e-3):
+            step = f"{steps[place]:.0f}" if len(steps) == len(losses) else f"number {place + 1}"
+            return f"the value loss jumped to {losses[place]:.2f} at step {step}; before, it was about {before:.3f}"
 
 
 def scores_alike(run):

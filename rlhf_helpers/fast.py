@@ -18,6 +18,7 @@ from transformers import LlamaForCausalLM
 from transformers.cache_utils import Cache, StaticLayer
 
 from rlhf_helpers.models import at_the_last
+from rlhf_helpers.ppo import LOWEST
 from rlhf_helpers.quirks import is_4bit_layer
 from rlhf_helpers.shard import is_sharded
 
@@ -36,8 +37,10 @@ def can_unpack(lm):
     ):
         return False
     layers = [base_of(linear(layer, name)) for layer in base.model.layers for names in STACKS for name in names]
-    plain = all(is_4bit_layer(layer) and layer.bias is None for layer in layers) and base.lm_head.bias is None
-    silu = base.config.hidden_act == "silu" and base.get_input_embeddings().weight.dtype == torch.bfloat16
+    known = lambda layer: is_4bit_layer(layer) and layer.compute_dtype == torch.bfloat16
+    plain = all(known(layer) and layer.bias is None for layer in layers) and base.lm_head.bias is None
+    ends = base.get_input_embeddings(), base.lm_head
+    silu = base.config.hidden_act == "silu" and all(layer.weight.dtype == torch.bfloat16 for layer in ends)
     if not (plain and silu and has_onednn()):
         return False
     if not isinstance(lm, PeftModel):
@@ -273,7 +276,7 @@ class TokenLogprobs(torch.autograd.Function):
         for at in places(mask, chunk):
             log, other = scratch.log_softmax(logits, at, temperature)
             logprobs[at] = log.gather(1, ids[at][:, None])[:, 0]
-            entropy[at] = -torch.exp(log, out=other).mul_(log).sum(-1)
+            entropy[at] = -torch.exp(log, out=other).mul_(log.clamp_(min=LOWEST)).sum(-1)
         ctx.save_for_backward(logits, ids, mask)
         ctx.temperature, ctx.chunk = temperature, chunk
         ctx.mark_non_differentiable(entropy)

@@ -2,6 +2,7 @@
 folder, `manifest.json`, tells byte for byte whether its files are still those that were written."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -38,12 +39,7 @@ def whole_folder(folder, sign):
             try:
                 if old.is_dir() and not place.exists():  # a save was killed between its two renames
                     old.rename(place)
-                if place.is_file():
-                    raise InputError(f"{folder}: is a file; expected a folder, or a new name")
-                if place.exists() and any(place.iterdir()) and not (place / sign).exists():
-                    raise InputError(
-                        f"{folder}: holds other things and no {sign}; expected a new folder, or one made by an earlier save"
-                    )
+                check_own(folder, sign)
                 _remove(beside)
                 beside.mkdir()
                 yield beside
@@ -62,6 +58,15 @@ def whole_folder(folder, sign):
     except BaseException as error:
         raise_written(folder, error)
         raise
+
+
+def check_own(folder, sign):
+    """Raises InputError for a file, and for a folder that holds something and no file `sign`."""
+    place = Path(os.path.realpath(folder))
+    if place.is_file():
+        raise InputError(f"{folder}: is a file; expected a folder, or a new name")
+    if place.exists() and any(place.iterdir()) and not (place / sign).exists():
+        raise InputError(f"{folder}: holds other things and no {sign}; expected a new folder, or one made by an earlier save")
 
 
 @contextlib.contextmanager
@@ -125,12 +130,13 @@ def alone_at(place, refusal):
         file = open(path, "ab")
         try:
             lock(file)
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                break
+            with contextlib.suppress(FileNotFoundError):  # whoever was there has removed it since we opened it
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    break
         except (BlockingIOError, PermissionError):
             file.close()
             raise InputError(refusal) from None
-        file.close()  # whoever was there has removed it since we opened it
+        file.close()
     try:
         yield
     finally:
@@ -188,11 +194,28 @@ def reason(error):
     return " ".join(why.splitlines()[0].split())
 
 
+def is_no_place(error):
+    """Whether an OSError says that a path which was given cannot be used: no right to look there, or a name that no file can have."""
+    return error.errno in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP) and error.filename is not None
+
+
 def shown(value):
     """A value in an error message: its beginning, on one line."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = 60
     return short.repr(value)
+
+
+def is_whole_unicode(text):
+    """Whether a str has no half of a surrogate pair, which JSON and a command line can hold and no tokenizer takes."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def checked_path(what, folder):
+    """A folder that was given, as a Path. Raises InputError for what names none."""
+    if not isinstance(folder, (str, os.PathLike)) or "\0" in str(folder) or not str(folder).strip():
+        raise InputError(f"{what} is {shown(folder)}; expected the path of a folder")
+    return Path(folder)
 
 
 def read_bytes(path, expected):

@@ -54,7 +54,8 @@ def peak_megabytes():
     parent held, so on Linux the kernel is asked for this process alone."""
     status = Path("/proc/self/status")
     if status.is_file():
-        return int(status.read_text(encoding="utf-8").split("VmHWM:")[1].split()[0]) / 1024
+        if found := re.search(r"VmHWM:\s*(\d+)", status.read_text(encoding="utf-8")):  # some sandboxes leave it out
+            return int(found[1]) / 1024
     try:
         import resource
     except ImportError:  # Windows
@@ -150,7 +151,8 @@ def memory():
 
 
 def disk():
-    free = shutil.disk_usage(project_root()).free / 2**30
+    root = project_root().absolute()  # which may not be made yet
+    free = shutil.disk_usage(next(place for place in (root, *root.parents) if os.path.isdir(place))).free / 2**30
     return free > 2, f"disk: {free:.0f} GB free (models and runs take about 1)"
 
 

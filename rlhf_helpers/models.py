@@ -4,6 +4,7 @@ The reference of the KL penalty is the same model with its adapters switched off
 
 import contextlib
 import gc
+import os
 from pathlib import Path
 
 import torch
@@ -30,6 +31,8 @@ transformers_logging.disable_progress_bar()  # "Loading weights: 100%" on stderr
 def resolve(model):
     """What `from_pretrained` can load for `model`: a name of ASSETS (fetched if missing), a folder, or org/model on a hub.
     Raises InputError for anything else, adapters among it."""
+    if not isinstance(model, (str, os.PathLike)):
+        raise InputError(f"model is {shown(model)}; expected a name, a folder, or org/model")
     if str(model) in ASSETS:
         return str(ensure_model(str(model)))
     if (Path(model) / "adapter_config.json").is_file():
@@ -103,8 +106,10 @@ def as_chat(tokenizer, prompt, system=None):
         chat = [{"role": "system", "content": system}, *chat]
     if chat[0]["role"] == "system" and len(chat) > 1:
         try:
-            tokenizer.apply_chat_template(chat, tokenize=False)
+            text = tokenizer.apply_chat_template(chat, tokenize=False)
         except TemplateError:
+            text = ""
+        if chat[0]["content"].strip() not in text:  # refused, or dropped without a word (Phi-3-mini's of 2024)
             return [{"role": "user", "content": f"{chat[0]['content']}\n\n{chat[1]['content']}"}, *chat[2:]]
     return chat
 
@@ -263,10 +268,15 @@ class PolicyWithValueHead(nn.Module):
 
     def __init__(self, causal_lm):
         super().__init__()
+        head = isinstance(causal_lm, nn.Module) and getattr(causal_lm, "get_output_embeddings", lambda: None)()
+        if not head:
+            found = type(causal_lm).__name__ if isinstance(causal_lm, nn.Module) else shown(causal_lm)
+            raise TypeError(
+                f"causal_lm is {found}; expected a causal language model (models.load_causal_lm, AutoModelForCausalLM)"
+            )
         keep_gradients(causal_lm)
         self.pretrained_model = causal_lm
         size = causal_lm.config.get_text_config().hidden_size
-        head = causal_lm.get_output_embeddings()
         self.v_head = ValueHead(getattr(head, "in_features", size))  # what is hooked, where a model narrows it (OPT-350m)
         self.v_head.to(head.weight.device)
 
@@ -337,11 +347,11 @@ class PolicyWithValueHead(nn.Module):
         if checkpointing:
             for module in self.modules():
                 module.training = bool(getattr(module, "gradient_checkpointing", False))
-                if module.training:  # OPT's layers have dropout that is no module, at a rate of their own
+                if module.training:  # OPT's layers have dropout that is no module, and may be left out whole
                     rates += [
                         (module, name, rate)
                         for name, rate in vars(module).items()
-                        if "dropout" in name and isinstance(rate, float)
+                        if ("dropout" in name or name == "layerdrop") and isinstance(rate, float)
                     ]
         try:
             for module, name, _ in rates:

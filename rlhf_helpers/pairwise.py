@@ -1,7 +1,6 @@
 """The reward model's training: preference pairs, a pairwise loss, and transformers' Trainer."""
 
-import shutil
-from pathlib import Path
+import tempfile
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +16,13 @@ from transformers import (
 )
 
 from rlhf_helpers import progress
+from rlhf_helpers.data import load_preferences
+from rlhf_helpers.errors import InputError
+from rlhf_helpers.files import check_own, checked_path
 from rlhf_helpers.machine import device_and_dtype, has_fast_bf16
 from rlhf_helpers.models import resolve
-from rlhf_helpers.reward import RewardModel, base_samples
+from rlhf_helpers.reward import FORMAT_FILE, RewardModel, base_samples
+from rlhf_helpers.sampling import check_whole
 
 
 def pairwise_loss(chosen, rejected):
@@ -61,7 +64,15 @@ class PairwiseTrainer(Trainer):
 def train_reward_model(pairs, folder, encoder="minilm-l6-v2", num_labels=1, epochs=2, batch_size=16, learning_rate=2e-4, seed=0,
                        join="pair", max_length=256):  # fmt: skip
     """Train a reward model on preference pairs and save it in `folder`. Returns (RewardModel, log), log being a list of dicts
-    with step and loss. Mean and deviation are taken over all responses in the pairs, samples of the base policy."""
+    with step and loss. Mean and deviation are taken over all responses in the pairs, samples of the base policy. `pairs`: what
+    `load_preferences` takes or gives. Raises InputError, before it trains, for pairs, sizes or a folder that cannot be used."""
+    check_whole("train_reward_model", 1, batch_size=batch_size, epochs=epochs)
+    check_own(checked_path("train_reward_model: folder", folder), FORMAT_FILE)  # before the minutes that training takes
+    pairs = load_preferences(pairs)
+    if len(pairs) < batch_size:
+        raise InputError(
+            f"train_reward_model: {len(pairs)} pairs and batch_size {batch_size}; expected the pairs for one batch at least"
+        )
     torch.manual_seed(seed)  # the new score layer is random
     source = resolve(encoder)
     model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(source, num_labels=num_labels))
@@ -74,32 +85,31 @@ def train_reward_model(pairs, folder, encoder="minilm-l6-v2", num_labels=1, epoc
         texts = [pair["chosen"] for pair in batch] + [pair["rejected"] for pair in batch]
         return dict(rm.encode(prompts + prompts, texts))
 
-    folder = Path(folder)
-    arguments = TrainingArguments(
-        output_dir=str(folder.with_name(folder.name + ".trainer")),
-        num_train_epochs=epochs,
-        per_device_train_batch_size=batch_size,
-        learning_rate=learning_rate,
-        weight_decay=0.01,
-        lr_scheduler_type="linear",
-        warmup_steps=5,
-        logging_steps=5,
-        save_strategy="no",
-        report_to="none",
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        seed=seed,
-        dataloader_drop_last=True,
-        dataloader_pin_memory=False,  # the batch is on the device already
-        use_cpu=device_and_dtype()[0].type == "cpu",  # of a card that this course does not use (MPS), too
-    )
-    trainer = PairwiseTrainer(model, arguments, train_dataset=pairs, data_collator=collate)
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(ShowProgress)
-    trainer.train()
+    with tempfile.TemporaryDirectory() as scratch:  # transformers wants a folder, and nothing is kept there
+        arguments = TrainingArguments(
+            output_dir=scratch,
+            num_train_epochs=epochs,
+            per_device_train_batch_size=batch_size,
+            learning_rate=learning_rate,
+            weight_decay=0.01,
+            lr_scheduler_type="linear",
+            warmup_steps=5,
+            logging_steps=5,
+            save_strategy="no",
+            report_to="none",
+            remove_unused_columns=False,
+            disable_tqdm=True,
+            seed=seed,
+            dataloader_drop_last=True,
+            dataloader_pin_memory=False,  # the batch is on the device already
+            use_cpu=device_and_dtype()[0].type == "cpu",  # of a card that this course does not use (MPS), too
+        )
+        trainer = PairwiseTrainer(model, arguments, train_dataset=pairs, data_collator=collate)
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(ShowProgress)
+        trainer.train()
     log = [dict(step=row["step"], loss=float(row["loss"])) for row in trainer.state.log_history if "loss" in row]
     rm.model.eval().requires_grad_(False)
     rm.standardise(*base_samples(pairs))
     rm.save(folder)
-    shutil.rmtree(arguments.output_dir, ignore_errors=True)
     return rm, log

@@ -9,9 +9,9 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
 from rlhf_helpers.config import PPOConfig, project_root
-from rlhf_helpers.data import checked_list, is_whole_unicode
+from rlhf_helpers.data import checked_list
 from rlhf_helpers.errors import InputError
-from rlhf_helpers.files import shown
+from rlhf_helpers.files import is_whole_unicode, shown
 from rlhf_helpers.machine import device_and_dtype
 from rlhf_helpers.models import PolicyWithValueHead, encode_prompt, is_4bit
 from rlhf_helpers.quirks import give_back_large_blocks

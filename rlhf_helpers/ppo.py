@@ -10,6 +10,7 @@ arXiv:1707.06347), Huang et al. 2024 (the N implementation details, arXiv:2403.1
 import torch
 import torch.nn.functional as F
 
+LOWEST = torch.finfo(torch.float32).min  # in place of log 0: 0 log 0 counts as 0
 MAX_LOG_RATIO = 20.0  # exp(20) is finite in fp32; a log-ratio beyond it is an accident, not a policy
 
 
@@ -58,7 +59,7 @@ def entropy_from_logits(logits, mask, temperature=1.0, chunk=128):
     """Entropy in nats of the whole next-token distribution, (B, T), 0 outside the mask; `chunk` tokens at a time."""
     out = torch.zeros(mask.shape, dtype=torch.float32, device=logits.device)
     logs = ((rows.float() / temperature).log_softmax(-1) for rows in logits[mask].split(chunk))
-    out[mask] = torch.cat([-(log.exp() * log).sum(-1) for log in logs])
+    out[mask] = torch.cat([-(log.exp() * log.clamp(min=LOWEST)).sum(-1) for log in logs])
     return out
 
 
@@ -79,7 +80,7 @@ def kl_per_token(logprobs, ref_logprobs, kind="kl"):
 def full_kl_per_token(logits, ref_logits, mask, temperature=1.0):
     """KL(pi || pi_ref) in nats over the whole vocabulary, (B, T), 0 outside the mask. Shapes: two (B, T, V)."""
     out = torch.zeros(mask.shape, dtype=torch.float32, device=logits.device)
-    log, ref_log = ((x[mask].float() / temperature).log_softmax(-1) for x in (logits, ref_logits))
+    log, ref_log = ((x[mask].float() / temperature).log_softmax(-1).clamp(min=LOWEST) for x in (logits, ref_logits))
     out[mask] = (log.exp() * (log - ref_log)).sum(-1)
     return out
 

@@ -2,7 +2,7 @@
 
 import copy
 import json
-import shutil
+from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,9 @@ from rlhf_helpers.errors import InputError, MissingInput
 from rlhf_helpers.files import (
     MANIFEST,
     check_manifest,
+    checked_path,
     find_whole,
+    is_whole_unicode,
     read_json,
     reason,
     shown,
@@ -39,6 +41,9 @@ JOINS = {
 }
 
 
+FORMAT = dict(join=str, mean=Real, std=Real, max_length=Integral, batch_size=Integral)
+
+
 class RewardModel:
     """A sequence classifier that scores a response to a prompt: `rewards(prompts, responses)`, two lists of str, gives a
     (B,) float tensor.
@@ -52,13 +57,10 @@ class RewardModel:
         labels = model.config.num_labels
         if labels not in (1, 2):
             raise InputError(f"reward model with {labels} labels; expected 1 (the score) or 2 (label 1 is the good one)")
-        if join not in JOINS:
-            raise InputError(f"{FORMAT_FILE}: join is {join!r}; expected one of {', '.join(JOINS)}")
-        if max_length < 8:
-            raise InputError(f"{FORMAT_FILE}: max_length is {max_length}; expected at least 8 tokens")
+        _check_format("RewardModel", dict(join=join, mean=mean, std=std, max_length=max_length, batch_size=batch_size))
         self.model, self.join = model.float().eval().requires_grad_(False), join
-        self.mean, self.std, self.batch_size = mean, std, batch_size
-        limits = tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 0  # 0, -1: no limit
+        self.mean, self.std, self.batch_size = float(mean), float(std), batch_size
+        limits = tokenizer.model_max_length, positions_of(model)  # 0, -1: no limit
         self.max_length = min([max_length, *(limit for limit in limits if limit > 0)])
         self.tokenizer = copy.deepcopy(tokenizer)  # the settings below are ours alone: a policy may share the tokenizer
         self.tokenizer.truncation_side = "left"  # a long conversation is judged by its end
@@ -72,7 +74,7 @@ class RewardModel:
     def load(cls, folder):
         """From a folder made by `save`, or any folder of a sequence classifier with its tokenizer.
         Raises InputError that names the folder and what is wrong with it."""
-        folder = find_whole(folder)
+        folder = find_whole(checked_path("RewardModel.load: folder", folder))
         if not (folder / "config.json").is_file():
             raise MissingInput(f"{folder}: not a reward model; expected a folder with config.json, weights and a tokenizer")
         try:
@@ -85,7 +87,7 @@ class RewardModel:
                 raise ValueError(
                     f"architecture is {', '.join(architectures) or 'not given'}, not a ...ForSequenceClassification"
                 )
-            how = _checked_format(folder / FORMAT_FILE) if (folder / FORMAT_FILE).is_file() else {}
+            how = _read_format(folder / FORMAT_FILE) if (folder / FORMAT_FILE).is_file() else {}
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 folder, dtype=torch.float32, output_loading_info=True
             )
@@ -101,7 +103,7 @@ class RewardModel:
 
     def save(self, folder):
         """The folder that `load` reads: model, tokenizer and how to join and standardise. It appears whole or not at all."""
-        with whole_folder(folder, sign="config.json") as beside:
+        with whole_folder(checked_path("RewardModel.save: folder", folder), sign=FORMAT_FILE) as beside:
             self.model.save_pretrained(beside)
             self.tokenizer.save_pretrained(beside)
             how = dict(join=self.join, mean=self.mean, std=self.std, max_length=self.max_length)
@@ -160,30 +162,45 @@ class RewardModel:
         self.mean, self.std = mean, std
 
 
+def positions_of(model):
+    """The most tokens that an encoder has positions for; RoBERTa's begin behind the id of its pad."""
+    tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
+    pads = [table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None]
+    return (getattr(model.config, "max_position_embeddings", None) or 0) - sum(pad + 1 for pad in pads[:1])
+
+
 def checked_texts(prompts, responses):
     """Both as lists of str, equally many. Raises InputError that names the place."""
     prompts, responses = checked_list("reward model: prompts", prompts), checked_list("reward model: responses", responses)
     for name, texts in dict(prompts=prompts, responses=responses).items():
         for row, text in enumerate(texts):
-            if not isinstance(text, str):
+            if not isinstance(text, str) or not is_whole_unicode(text):
                 raise InputError(f"reward model: {name}[{row}] is {shown(text)}; expected some text")
     if len(prompts) != len(responses):
         raise InputError(f"reward model: {len(prompts)} prompts and {len(responses)} responses; expected as many")
     return prompts, responses
 
 
-def _checked_format(path):
-    """What FORMAT_FILE says, of the right types: arguments of RewardModel."""
+def _read_format(path):
+    """What FORMAT_FILE says: arguments of RewardModel."""
     how = read_json(path)
-    expected = dict(join=(str,), mean=(int, float), std=(int, float), max_length=(int,), batch_size=(int,))
     if not isinstance(how, dict):
-        raise InputError(f"{path}: a {type(how).__name__}; expected an object with {', '.join(expected)}")
-    for name, value in how.items():
-        if type(value) not in expected.get(name, ()) or (name != "join" and not abs(value) < 1e30):
-            raise InputError(f"{path}: {name} is {shown(value)}; expected {', '.join(expected)}, a name and finite numbers")
-        if name in ("std", "batch_size") and value <= 0:
-            raise InputError(f"{path}: {name} is {value}; expected a number above 0")
+        raise InputError(f"{path}: a {type(how).__name__}; expected an object with {', '.join(FORMAT)}")
+    _check_format(path, how)
     return how
+
+
+def _check_format(where, how):
+    """Raises InputError unless all of a dict are arguments of RewardModel that it can use."""
+    for name, value in how.items():
+        if isinstance(value, bool) or not isinstance(value, FORMAT.get(name, ())) or (name != "join" and not abs(value) < 1e30):
+            raise InputError(f"{where}: {name} is {shown(value)}; expected {', '.join(FORMAT)}, a name and finite numbers")
+        if name in ("std", "batch_size") and value <= 0:
+            raise InputError(f"{where}: {name} is {value}; expected a number above 0")
+        if name == "join" and value not in JOINS:
+            raise InputError(f"{where}: join is {value!r}; expected one of {', '.join(JOINS)}")
+        if name == "max_length" and value < 8:
+            raise InputError(f"{where}: max_length is {value}; expected at least 8 tokens")
 
 
 def score_from_logits(logits):
@@ -222,7 +239,6 @@ def ensure_reward_model(folder=None, pairs_file=DATA_FILE, heldout_file=HELDOUT_
     Held-out prompts are never trained on: a pair with one raises InputError."""
     default = project_root() / "output" / "reward_model_pairwise"
     folder = default if folder is None else Path(folder)
-    shutil.rmtree(default.with_name(default.name + ".trainer"), ignore_errors=True)  # of a run that was killed
     if find_whole(folder).exists() or folder.resolve() != default.resolve():
         return RewardModel.load(folder)
     pairs, heldout = load_preferences(course_file(pairs_file)), set(load_prompts(course_file(heldout_file)))

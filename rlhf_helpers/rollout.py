@@ -77,6 +77,17 @@ def clipped_scores(scores, responses, config, eos_ids):
     return scores
 
 
+def checked_advantages(made, rollout):
+    """What a function of advantages made, (advantages, returns). Raises InputError unless both are (B, T)."""
+    shape = tuple(rollout.mask.shape)
+    fits = isinstance(made, tuple) and len(made) == 2 and all(getattr(part, "shape", None) == shape for part in made)
+    if not fits:
+        raise InputError(
+            f"the trainer's function of advantages gave {shown(made)}; expected two tensors {shape}, advantages and returns"
+        )
+    return made
+
+
 def fill_rewards(rollout, kl_coef):
     """Rewards per token from the scores and the KL penalty."""
     rollout.rewards, rollout.non_score_rewards = ppo.token_rewards(rollout.scores, rollout.kl, rollout.mask, kl_coef)

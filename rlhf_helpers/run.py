@@ -14,12 +14,14 @@ from pathlib import Path
 from rlhf_helpers.checkpoint import FREE, read_settings
 from rlhf_helpers.data import read_jsonl
 from rlhf_helpers.errors import InputError
-from rlhf_helpers.files import aside, find_whole, lock, raise_written, read_json, shown, write_text
+from rlhf_helpers.files import find_whole, lock, raise_written, read_json, shown, write_text
 from rlhf_helpers.machine import no_four_bit
 
 WEIGHTS = "weights (by whether bitsandbytes is there)"
-MODEL = "--model (sha256)"
-WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".gguf")
+MODEL, FORM = "--model (sha256)", "--model (sha256 of its configuration)"
+WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".gguf", "tokenizer.json")
+# How it reads a prompt, and what ends an answer.
+FORM_FILES = ("config.json", ".jinja", "tokens_map.json", ".model", "vocab.json", "merges.txt")
 RESULTS = ("summary.json", "samples.jsonl", "curves.png")
 
 
@@ -48,6 +50,7 @@ def settings(profile, config, prompts, heldout, reward_folder, processes, model_
         "--profile": profile.name,
         "--model": str(profile.model),
         MODEL: digest_of_model(model_folder),
+        FORM: digest_of_model(model_folder, FORM_FILES),
         "--prompts (sha256)": digest_of_texts(prompts),
         "--heldout (sha256)": digest_of_texts(heldout),
         "--reward-model (sha256)": digest_of_folder(reward_folder),
@@ -69,14 +72,14 @@ def digest_of_folder(folder):
     return parts.hexdigest()[:16]
 
 
-def digest_of_model(folder, whole=2**29, block=2**20, every=16):
-    """Of a model's weights and its tokenizer, by the files in its folder; None for a name on a hub. Of a file of more than `whole`
-    bytes one block of every sixteen counts, a matrix of a large model at least: all of it would take a minute."""
+def digest_of_model(folder, endings=WEIGHT_FILES, whole=2**29, block=2**20, every=16):
+    """Of the files with these endings in a model's folder, its weights and its tokens; None for a name on a hub. Of a file of more than
+    `whole` bytes one block of every sixteen counts, a matrix of a large model at least: all of it would take a minute."""
     if folder is None or not Path(folder).is_dir():
         return None
     parts = hashlib.sha256()
     for path in files_in(Path(folder)):
-        if path.suffix in WEIGHT_FILES or path.name == "tokenizer.json":
+        if path.name.endswith(endings):
             size = path.stat().st_size
             parts.update(f"{path.name} {size}".encode())
             with open(path, "rb") as file:
@@ -94,7 +97,8 @@ def saved_run(output, now, resume=None):
     """What the checkpoint in `output` says of its run, or None without one. Raises InputError if that run is another one than
     the one with the settings `now`."""
     folder, how = output / "checkpoint", "--fresh to begin anew, or another --output"
-    if not (folder.exists() or aside(folder).exists()):
+    if not find_whole(folder).exists():
+        refuse_results(output)
         return None
     try:
         saved = read_settings(folder)
@@ -103,7 +107,9 @@ def saved_run(output, now, resume=None):
     if "settings" not in saved["extra"]:
         raise InputError(f"{folder}: not made by this command; expected {how}")
     check_extra(saved["extra"], find_whole(folder) / "trainer.json")
-    then = {WEIGHTS: "4-bit", MODEL: now.get(MODEL)} | saved["extra"]["settings"]  # older runs had no others, or did not say
+    then = {WEIGHTS: "4-bit", MODEL: now.get(MODEL), FORM: now.get(FORM)} | saved["extra"][
+        "settings"
+    ]  # older runs had no others, or did not say
     if resume and Path(resume).resolve() != folder.resolve():
         now = {"--resume": str(resume)} | now
     for name, value in now.items():
@@ -137,6 +143,15 @@ def finished(output, saved, steps, config):
     spent = saved["extra"]["budget_spent"] and saved["config"]["kl_budget"] == config.kl_budget
     made = isinstance(summary, dict) and summary.get("steps") == saved["steps_done"]
     return (summary, samples) if made and (spent or saved["steps_done"] >= steps) else None
+
+
+def refuse_results(output):
+    """Raises InputError for a folder with files of a run's names and no checkpoint: whose they are, nobody can tell."""
+    for name in (*RESULTS, "history.jsonl"):
+        if (output / name).exists():
+            raise InputError(
+                f"--output {output}: holds {name} and no checkpoint; expected another folder, or --fresh to replace it"
+            )
 
 
 def remove_results(output):

@@ -29,7 +29,10 @@ NEUTRAL = {
 def checked_options(vocabulary, own_temperature, temperature, greedy, eos_token_id, pad_token_id, do_sample=True, **options):
     """(temperature, greedy, the ids that end a response, pad id) of a call to `generate`. Raises InputError for an option that is
     unknown, or that would change the distribution: what is sampled is softmax(logits / own_temperature), whole."""
-    temperature, greedy = own_temperature if temperature is None else temperature, greedy or do_sample is False
+    for name, value in dict(greedy=greedy, do_sample=do_sample).items():
+        if type(value) is not bool:
+            raise InputError(f"generate: {name} is {value!r:.80}; expected True or False")
+    temperature, greedy = own_temperature if temperature is None else temperature, greedy or not do_sample
     if isinstance(temperature, bool) or not isinstance(temperature, numbers.Real) or not 0 < temperature < math.inf:
         raise InputError(f"generate: temperature is {temperature!r:.80}; expected a number above 0")
     check_whole("generate", 0, pad_token_id=pad_token_id)
@@ -208,7 +211,7 @@ def reader_of(model, reference=None, unpacked=None):
     `reference` is another model, or True for the adapters switched off. Dropout is off inside. `unpacked` is `fast.Unpacked`
     of the policy, or None."""
     if isinstance(reference, torch.nn.Module):
-        yield reference, None
+        yield reference.eval(), None
         return
     lm = model.pretrained_model
     with model.without_dropout(), model.adapters_off() if reference else contextlib.nullcontext():

@@ -1,5 +1,6 @@
 """The stats of a step under TRL 0.11's keys (its logging guide says what each means): floats, and numpy arrays for distributions.
-Ours in addition: ppo/policy/ratio_mean and first_ratio_error, ppo/grad_norm, ppo/skipped_updates, tokens/responses_eos_frac."""
+Ours in addition: objective/sampler_kl and sampler_max_diff, ppo/policy/ratio_mean and first_ratio_error, ppo/grad_norm,
+ppo/skipped_updates, tokens/responses_eos_frac."""
 
 import math
 import time

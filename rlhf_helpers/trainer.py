@@ -16,7 +16,15 @@ from rlhf_helpers.errors import InputError
 from rlhf_helpers.interrupts import finishing
 from rlhf_helpers.models import eos_ids, response_logits
 from rlhf_helpers.quirks import accumulating_alone
-from rlhf_helpers.rollout import checked_batch, checked_call, clipped_scores, collate, fill_rewards, gae_advantages
+from rlhf_helpers.rollout import (
+    checked_advantages,
+    checked_batch,
+    checked_call,
+    clipped_scores,
+    collate,
+    fill_rewards,
+    gae_advantages,
+)
 from rlhf_helpers.sampling import Drawn, digest
 from rlhf_helpers.shard import everywhere
 from rlhf_helpers.stats import Clock, minibatch_stats, sampler_stats, step_stats
@@ -222,7 +230,7 @@ class PPOTrainer:
         clock.lap("time/ppo/forward_pass")
         fill_rewards(rollout, self.kl_coef)
         clock.lap("time/ppo/compute_rewards")
-        rollout.advantages, rollout.returns = (how or self.advantages)(rollout, config, total)
+        rollout.advantages, rollout.returns = checked_advantages((how or self.advantages)(rollout, config, total), rollout)
         rollout.new_logprobs = torch.full_like(rollout.logprobs, math.nan)
         clock.lap("time/ppo/compute_advantages")
         return rollout
@@ -250,6 +258,7 @@ class PPOTrainer:
 
     def _reference_logits(self, rollout, rows):
         if self.ref_model is not None:
+            self.ref_model.eval()  # another trainer may train it, with dropout
             return response_logits(self.ref_model, *rollout.inputs(rows))
         with self.model.adapters_off():
             return response_logits(self.model.pretrained_model, *rollout.inputs(rows))

@@ -157,4 +157,4 @@ def test_config_does_not_import_torch():
     tree = ast.parse(Path(config.__file__).read_text(encoding="utf-8"))
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert names == {"math", "os", "sys", "dataclasses", "pathlib", "rlhf_helpers.errors"}
+    assert names == {"math", "os", "sys", "dataclasses", "pathlib", "rlhf_helpers.errors", "rlhf_helpers.files"}

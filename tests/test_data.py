@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 
-from rlhf_helpers.data import load_preferences, load_prompts, read_jsonl, save_jsonl
+from rlhf_helpers.data import load_preferences, load_prompts, read_jsonl, save_jsonl, turns
 from rlhf_helpers.errors import InputError, MissingInput
 
 GOOD = b'{"prompt": "Say hi.", "chosen": "Hi!", "rejected": "No."}\n'
@@ -111,6 +111,31 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path):
     with pytest.raises(TypeError):
         save_jsonl(path, [{"n": object()}])
     assert json.loads(path.read_text()) == {"n": 1}
+
+
+USER, ASSISTANT, SYSTEM = (lambda text, role=role: dict(role=role, content=text) for role in ("user", "assistant", "system"))
+CONVERSATIONS = {  # prompt, what both answers share: what is trained on
+    "nothing": ("P", [], "P"),
+    "the prompt": ("P", [USER("P")], "P"),
+    "the prompt, after a system turn": ("P", [SYSTEM("S"), USER("P")], "P"),
+    "the prompt and more": ("P", [USER("P"), ASSISTANT("A"), USER("U")], [USER("P"), ASSISTANT("A"), USER("U")]),
+    "what comes after the prompt": ("P", [ASSISTANT("A"), USER("U")], [USER("P"), ASSISTANT("A"), USER("U")]),
+    "the same, after turns": ([USER("P")], [ASSISTANT("A"), USER("U")], [USER("P"), ASSISTANT("A"), USER("U")]),
+}
+
+
+@pytest.mark.parametrize("prompt, shared, whole", CONVERSATIONS.values(), ids=CONVERSATIONS)
+def test_turns_that_both_answers_share_are_not_lost_beside_a_prompt(prompt, shared, whole):
+    record = dict(prompt=prompt, chosen=[*shared, ASSISTANT("B")], rejected=[*shared, ASSISTANT("C")])
+    (pair,) = load_preferences([record])
+    assert (pair["chosen"], pair["rejected"]) == ("B", "C")
+    assert turns(pair["prompt"]) == (turns(whole) if isinstance(whole, str) else whole)
+
+
+def test_a_prompt_with_which_the_conversation_does_not_begin_is_named():
+    answer = lambda text: [USER("Q"), ASSISTANT(text)]
+    with pytest.raises(InputError, match="record 0: field 'prompt' is 'P', and both answers begin with other turns"):
+        load_preferences([dict(prompt="P", chosen=answer("B"), rejected=answer("C"))])
 
 
 def test_half_a_surrogate_pair_is_refused(tmp_path):

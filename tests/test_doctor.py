@@ -265,6 +265,8 @@ def test_one_batch_of_scores_on_another_scale_makes_the_value_loss_jump():
     losses = [row["ppo/loss/value"] for row in run.history]
     symptom = f"the value loss jumped to {losses[6]:.2f} at step 7; before, it was about {median(losses[1:6]):.3f}"
     assert losses[6] > 1000
+    later = [row | dict(step=row["step"] + 100) for row in run.history]  # of a run that another history was begun for
+    assert "at step 107; before" in doctor.value_spike(doctor.Run(later))
     diagnosed(doctor.value_spike, run.history, symptom, "a score on another scale", "score_clip")
 
 

@@ -308,6 +308,11 @@ def test_only_what_the_fast_way_knows_takes_it(nf4, tmp_path):
         other = copy.deepcopy(plain)
         vars(other.active_peft_config).update(change)
         assert not fast.can_unpack(other)
+    computes_in_fp32 = copy.deepcopy(plain)
+    computes_in_fp32.get_base_model().model.layers[0].mlp.down_proj.compute_dtype = torch.float32
+    head_in_fp32 = copy.deepcopy(plain)
+    head_in_fp32.get_base_model().lm_head.float()
+    assert not fast.can_unpack(computes_in_fp32) and not fast.can_unpack(head_in_fp32)
     plain.set_attn_implementation("sdpa")
     assert not fast.can_unpack(plain)
     assert not fast.can_unpack(tiny.llama().to(torch.bfloat16)) and not fast.can_unpack(tiny.gpt2())

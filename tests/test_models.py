@@ -212,7 +212,9 @@ def test_dropout_that_is_no_module_is_off_under_checkpointing_too_and_its_rate_c
     torch.manual_seed(0)
     sizes = dict(vocab_size=tiny.V, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4)
     lm = OPTForCausalLM(
-        OPTConfig(**sizes, word_embed_proj_dim=32, dropout=0.5, attention_dropout=0.5, max_position_embeddings=64)
+        OPTConfig(
+            **sizes, word_embed_proj_dim=32, dropout=0.5, attention_dropout=0.5, layerdrop=0.5, max_position_embeddings=64
+        )
     )
     policy = PolicyWithValueHead(tiny.with_lora(lm, b_scale=0.2))
     policy.enable_gradient_checkpointing()

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_helpers import ppo
+from rlhf_helpers import fast, ppo
 
 settings.register_profile("quick", max_examples=40, deadline=None, derandomize=True)
 settings.load_profile("quick")
@@ -123,6 +123,16 @@ def test_entropy_in_chunks_is_minus_the_sum_of_p_log_p(chunk):
     p = logits.double().softmax(-1)
     torch.testing.assert_close(
         ppo.entropy_from_logits(logits, mask, chunk=chunk)[mask], -(p * p.log()).sum(-1)[mask].float(), atol=1e-5, rtol=0
+    )
+
+
+def test_a_token_that_cannot_come_adds_nothing_to_entropy_and_kl():
+    logits, mask = torch.randn(2, 3, 8), torch.ones(2, 3, dtype=torch.bool)
+    without = torch.cat([logits, torch.full((2, 3, 1), -math.inf)], -1)
+    for entropy in (ppo.entropy_from_logits(logits, mask), fast.token_logprobs(without, mask.long(), mask, 1.0)[1]):
+        torch.testing.assert_close(ppo.entropy_from_logits(without, mask), entropy)
+    torch.testing.assert_close(
+        ppo.full_kl_per_token(without, without.roll(1, 1), mask), ppo.full_kl_per_token(logits, logits.roll(1, 1), mask)
     )
 
 

@@ -130,6 +130,14 @@ def test_mistral_reads_the_system_s_words_before_the_first_question(mistral_fold
     assert [turn["role"] for turn in as_chat(tokenizer, "What is tea?", CPU.system)] == ["system", "user"]
 
 
+def test_a_template_that_drops_the_system_s_words_gets_them_before_the_first_question(mistral_folder):
+    tokenizer = load_tokenizer(mistral_folder)
+    tokenizer.chat_template = (  # as Phi-3-mini's in 2024
+        "{% for message in messages %}{% if message['role'] == 'user' %}<{{ message['content'] }}>{% endif %}{% endfor %}"
+    )
+    assert as_chat(tokenizer, "What is tea?", "Be brief.") == [{"role": "user", "content": "Be brief.\n\nWhat is tea?"}]
+
+
 def test_loading_a_model_first_gives_back_that_of_a_deleted_trainer(nf4, llama_folder):
     """A trainer's functions refer to it, so it waits for Python's collector; on a card that would be another 4 GB."""
     trainer = tiny.trainer(nf4())

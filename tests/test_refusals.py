@@ -1,6 +1,7 @@
 """What a curious user hands over and must not: one sentence each, and a trainer that is as it was, random numbers included."""
 
 import dataclasses
+import functools
 import shutil
 
 import numpy as np
@@ -137,6 +138,14 @@ CALLS = {
         lambda t: evaluate(t, PROMPTS[:3], lambda p, r: ["good"] * len(r)),
         r"evaluate: scores\[0\] is 'good'",
     ),
+    "samples, perhaps": (lambda t: t.generate(tiny.batch()[0], do_sample=0), "do_sample is 0; expected True or False"),
+    "greedy in words": (lambda t: t.generate(tiny.batch()[0], greedy="no"), "greedy is 'no'; expected True or False"),
+    "no folder": (lambda t: t.save(None), "save: folder is None; expected the path of a folder"),
+    "a folder of no name": (lambda t: t.resume("x\0y"), "checkpoint is 'x.*y'; expected the path of a folder"),
+    "something nested too deeply for JSON": (
+        lambda t: t.save("never", extra={"a": functools.reduce(lambda inner, _: [inner], range(100_000))}),
+        "save: extra has something that JSON cannot keep",
+    ),
     "something that JSON cannot keep": (
         lambda t: t.save("never", extra={"a": object()}),
         "save: extra has something that JSON cannot keep",
@@ -225,6 +234,23 @@ def test_groups_that_mix_prompts_are_no_groups():
         trainer.step(queries, responses, scores)
     with pytest.raises(InputError, match="3 responses; expected a multiple of num_generations = 2"):
         trainer.inspect(queries[:3], responses[:3])
+
+
+@pytest.mark.parametrize("made", [None, torch.zeros(4), (torch.zeros(4), torch.zeros(4))], ids=["nothing", "one", "one each"])
+def test_advantages_of_another_shape_are_named(made):
+    trainer = tiny.trainer(with_lora(llama()))
+    trainer.advantages = lambda rollout, config, total: made
+    with pytest.raises(
+        InputError, match=r"function of advantages gave .*; expected two tensors \(4, 8\), advantages and returns"
+    ):
+        trainer.step(*tiny.batch())
+    assert trainer.steps_done == 0
+
+
+@pytest.mark.parametrize("model", ["gpt2", None, torch.nn.Linear(2, 2), llama().model, PolicyWithValueHead(llama())])
+def test_what_is_no_language_model_gets_no_value_head(model):
+    with pytest.raises(TypeError, match="causal_lm is .*; expected a causal language model"):
+        PolicyWithValueHead(model)
 
 
 def test_a_conversation_that_the_assistant_begins_keeps_its_turns_or_is_refused():

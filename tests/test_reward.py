@@ -7,6 +7,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from rlhf_helpers import reward
 from rlhf_helpers.data import save_jsonl
@@ -202,11 +203,13 @@ def test_a_save_killed_between_its_two_renames_leaves_a_model_that_loads(broken)
     assert RewardModel.load(broken).model.config.num_labels == 2 and [path.name for path in broken.parent.iterdir()] == ["rm"]
 
 
-def test_a_folder_of_other_things_is_not_replaced_by_a_model(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="holds other things and no config.json"):
-        model().save(tmp_path)
-    assert (tmp_path / "notes.txt").read_text() == "mine"
+@pytest.mark.parametrize("name", ["notes.txt", "config.json"])  # many a project has the second
+def test_a_folder_of_other_things_is_not_replaced_by_a_model(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    for save in (model().save, lambda folder: train_reward_model(PAIRS * 20, folder)):
+        with pytest.raises(InputError, match=f"{tmp_path.name}: holds other things and no {reward.FORMAT_FILE}"):
+            save(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "mine"
 
 
 def test_a_missing_folder_that_is_not_the_default_is_not_trained(tmp_path):
@@ -221,14 +224,6 @@ def test_a_pair_with_a_held_out_prompt_is_never_trained_on(tmp_path, monkeypatch
     with pytest.raises(ValueError, match="'write about the dog' is held out in heldout.jsonl"):
         ensure_reward_model(pairs_file="pairs.jsonl", heldout_file="heldout.jsonl", say=pytest.fail)
     assert not (tmp_path / "output").exists()
-
-
-def test_what_a_killed_training_left_goes_when_the_model_is_next_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setenv("RLHF_HOME", str(tmp_path))
-    model().save(tmp_path / "output" / "reward_model_pairwise")
-    (tmp_path / "output" / "reward_model_pairwise.trainer" / "runs").mkdir(parents=True)
-    ensure_reward_model(say=pytest.fail)
-    assert [path.name for path in (tmp_path / "output").iterdir()] == ["reward_model_pairwise"]
 
 
 # ---------------------------------------------------------------- training
@@ -301,6 +296,49 @@ def test_a_folder_without_the_weights_of_the_score_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "how, words",
+    [
+        (dict(std=0.0), "RewardModel: std is 0.0; expected a number above 0"),
+        (dict(mean=None), "RewardModel: mean is None; expected"),
+        (dict(mean=math.nan), "RewardModel: mean is nan; expected"),
+        (dict(max_length=9.5), "RewardModel: max_length is 9.5"),
+        (dict(max_length=7), "RewardModel: max_length is 7; expected at least 8"),
+        (dict(batch_size=0), "RewardModel: batch_size is 0"),
+        (dict(join=["pair"]), r"RewardModel: join is \['pair'\]"),
+    ],
+)
+def test_settings_of_a_reward_model_are_checked(how, words):
+    with pytest.raises(InputError, match=words):
+        model(**how)
+    assert model(mean=np.float32(1), std=np.int64(2)).mean == 1.0
+
+
+def test_roberta_s_positions_begin_behind_its_pad():
+    config = RobertaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+                           max_position_embeddings=34, pad_token_id=1, num_labels=1)  # fmt: skip
+    tokenizer = tiny.bert_tokenizer()
+    tokenizer.model_max_length = 10**9
+    rm = RewardModel(RobertaForSequenceClassification(config), tokenizer)
+    assert rm.max_length == 32 and rm(["cat " * 50], ["a dog"]).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "pairs, options, words",
+    [
+        (PAIRS[:10], {}, "10 pairs and batch_size 16; expected the pairs for one batch"),
+        ([], {}, "source: no records"),
+        (None, {}, "source is None; expected"),
+        ([*PAIRS, dict(prompt="a", chosen=5, rejected="b")] * 2, {}, "record 12: field 'chosen' is 5"),
+        (PAIRS * 2, dict(batch_size=0), "train_reward_model: batch_size is 0"),
+    ],
+)
+def test_pairs_that_cannot_be_trained_on_are_refused_before(pairs, options, words, encoder_folder, tmp_path):
+    with pytest.raises(InputError, match=words):
+        train_reward_model(pairs, tmp_path / "rm", encoder=encoder_folder, **options)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
     "prompts, responses, words",
     [
         (
@@ -312,6 +350,7 @@ def test_a_folder_without_the_weights_of_the_score_is_refused(tmp_path):
         ("text", "text", "prompts is 'text'; expected a list"),
         (["a"], [], "1 prompts and 0 responses"),
         (["a", None], ["b", "c"], r"prompts\[1\] is None; expected some text"),
+        (["a"], ["\ud800"], r"responses\[0\] is '\\ud800'; expected some text"),
         (["a"], [5], r"responses\[0\] is 5; expected some text"),
         (None, [], "prompts is None; expected a list"),
         ({"a", "cat"}, {"dog", "sun"}, "prompts is {.*; expected a list"),

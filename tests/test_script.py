@@ -100,6 +100,8 @@ WRONG = {
     ),
     "no output": (["--output", ""], "--output is ''; expected a folder"),
     "a file as output": (["--output", "bad.jsonl"], "--output bad.jsonl: is a file; expected a folder"),
+    "a name that no file can have": (["--output", "a" * 300], "File name too long"),
+    "a system turn that is no text": (["--system", "\udcff"], "PPOConfig.system is '\\udcff'; expected None or some text"),
     "an unknown model": (["--model", "no-such-model"], "unknown model 'no-such-model'"),
     "a missing reward model": (["--reward-model", "nowhere"], "nowhere: not a reward model"),
 }
@@ -210,9 +212,31 @@ def test_results_that_lack_something_are_made_again(name, content, home, start, 
 
 def test_a_folder_in_a_result_s_place_is_one_sentence(home, start, capsys):
     (home / "run" / "summary.json").mkdir(parents=True)
-    assert exit_status(start(steps=2)) == 2
+    assert exit_status([*start(steps=2), "--fresh"]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: run/summary.json: could not be written") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["summary.json", "history.jsonl", "samples.jsonl", "curves.png"])
+def test_files_of_somebody_else_with_a_result_s_name_stay_unless_asked(name, home, start, capsys):
+    (home / "run").mkdir()
+    (home / "run" / name).write_text("mine")
+    assert exit_status(start(steps=1)) == 2
+    assert f"--output run: holds {name} and no checkpoint; expected another folder, or --fresh" in capsys.readouterr().err
+    assert (home / "run" / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["whole", "between two renames"])
+def test_a_checkpoint_that_is_a_link_is_gone_on_from(killed, home, start, capsys):
+    assert exit_status(start(steps=1)) == 0
+    disk = home / "disk" / "checkpoint"
+    disk.parent.mkdir()
+    (home / "run" / "checkpoint").rename(disk)
+    (home / "run" / "checkpoint").symlink_to(disk, target_is_directory=True)
+    if killed:
+        disk.rename(aside(disk))
+    assert exit_status(start(steps=2)) == 0
+    assert "going on from step 1 of 2" in capsys.readouterr().out
 
 
 def test_results_of_fewer_steps_do_not_stay_beside_a_run_that_goes_on(home, start, capsys, at_step):
@@ -236,6 +260,18 @@ def test_other_weights_under_the_same_name_are_another_run(home, start, capsys, 
     capsys.readouterr()
     assert exit_status(command(2)) == 2
     assert "error: --output run: its run has --model (sha256) " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_another_end_or_another_template_makes_another_run(name, home, start, capsys, llama_folder):
+    folder = home / "model"
+    shutil.copytree(llama_folder, folder)
+    command = [*start(steps=1), "--model", str(folder)]
+    assert exit_status(command) == 0
+    (folder / name).write_text(f"{(folder / name).read_text() if (folder / name).exists() else ''} ")
+    capsys.readouterr()
+    assert exit_status(command) == 2
+    assert "error: --output run: its run has --model (sha256 of its configuration) " in capsys.readouterr().err
 
 
 def test_of_a_large_model_a_block_of_every_sixteen_counts(tmp_path):
@@ -594,6 +630,17 @@ def test_the_check_reports_every_point_and_fails_if_one_does(home, monkeypatch, 
     said = []
     assert machine.check(said.append) == 1
     assert "NO  memory: none" in said and "Mend" in said[-1]
+
+
+def test_a_home_that_is_not_made_yet_has_the_disk_of_the_folder_above(home, monkeypatch):
+    here = machine.disk()
+    monkeypatch.setenv("RLHF_HOME", str(home / "not" / "yet"))
+    assert machine.disk() == here
+
+
+def test_a_system_that_does_not_say_how_much_a_process_held(monkeypatch):
+    monkeypatch.setattr(machine.Path, "read_text", lambda *args, **options: "Name: python\nVmRSS: 5 kB\n")
+    assert machine.peak_megabytes() > 10
 
 
 def test_the_check_of_4_bit_training_passes_here():

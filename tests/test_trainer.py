@@ -228,6 +228,16 @@ def test_kl_is_0_at_first_for_a_run_that_starts_from_a_trained_adapter_with_its_
     assert trainer.step(*batch())["objective/kl"] != 0
 
 
+def test_a_reference_that_somebody_trains_meanwhile_is_read_without_dropout():
+    lm = tiny.gpt2(resid_pdrop=0.3)
+    trainer = tiny.trainer(lm, ref_model=copy.deepcopy(lm))
+    trainer.ref_model.train()
+    assert trainer.step(*batch())["objective/kl"] == 0
+    trainer.ref_model.train()
+    first, second = (trainer.generate(batch()[0], reference=True, greedy=True) for _ in range(2))
+    assert all(torch.equal(*pair) for pair in zip(first, second))
+
+
 def test_without_adapters_the_reference_is_a_frozen_copy():
     trainer = tiny.trainer(tiny.llama())
     before = {name: p.clone() for name, p in trainer.ref_model.named_parameters()}
