@@ -71,7 +71,8 @@ class Run:
         return Counter(word for prompt in prompts for word in set(words(prompt)))
 
     def names_subject(self, prompt, response):
-        """Whether a response has one of its prompt's rarest words, which are hardly about the asking; plurals count."""
+        """Whether a response has one of its prompt's rarest words, which are hardly about the asking, also inside another word: plurals
+        count, and now and then a chance ("tea" in "steak")."""
         rarest = min(map(self.rarity.get, words(prompt)), default=0)
         subject = [word for word in words(prompt) if self.rarity[word] == rarest]
         return any((word[:-1] if len(word) > 4 else word) in response.lower() for word in subject)
@@ -96,6 +97,12 @@ def words(text):
 def pairs(text):
     """The adjacent pairs of its words."""
     return list(zip(words(text), words(text)[1:]))
+
+
+def not_a_number(run):
+    for name in ("objective/kl", "ppo/mean_scores", "ppo/loss/policy", "ppo/loss/value", "ppo/policy/entropy"):
+        if wrong := [row.get("step", place) for place, row in enumerate(run.history, 1) if row.get(name) != row.get(name)]:
+            return f"{name} is not a number at step {wrong[0]}" + (f", and {len(wrong) - 1} more" if len(wrong) > 1 else "")
 
 
 def kl_at_start(run):
@@ -237,6 +244,7 @@ def coefficient_climbs(run):
 
 
 RULES = [
+    (not_a_number, "a score, a weight or a learning rate beyond all bounds", "the checkpoint before that step; score_clip, max_grad_norm"),
     (kl_at_start, "another dtype or adapter in the reference, or dropout", "ref_model=None, or a reference loaded as the policy is"),
     (kl_negative, "sampling from another distribution than the one scored (top_k, temperature, min length)", "PPOTrainer.generate"),
     (kl_high, "the penalty is too cheap, or the learning rate too high", "a larger init_kl_coef, a smaller learning_rate"),

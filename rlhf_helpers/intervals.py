@@ -1,4 +1,4 @@
-"""Bootstrap intervals (Efron 1979): how far a mean could have come out otherwise. All are 95 %, and the same at every call."""
+"""Intervals: how far a mean could have come out otherwise, by bootstrap (Efron 1979). All are 95 %, and the same at every call."""
 
 from functools import lru_cache
 
@@ -17,6 +17,13 @@ def mean_interval(values, draws=DRAWS, seed=0):
     """(mean, (low, high)) of independent values, (n,), such as one number a prompt."""
     values = np.asarray(values, dtype=float)
     return float(values.mean()), quantiles(values[drawn(len(values), draws, seed)].mean(1))
+
+
+def share_interval(hits):
+    """(share, (low, high)) of yes and no, (n,): Wilson's (1927), which has a width where all are alike, too. A bootstrap has none."""
+    n, share, z2 = len(hits), float(np.mean(hits)), 1.96**2
+    middle, half = share + z2 / (2 * n), 1.96 * (share * (1 - share) / n + z2 / (4 * n * n)) ** 0.5
+    return share, ((middle - half) / (1 + z2 / n), (middle + half) / (1 + z2 / n))
 
 
 @lru_cache(maxsize=4)  # the same at every call, and drawing them takes longer than all that is done with them

@@ -120,6 +120,8 @@ def test_whoever_always_takes_the_longer_answer_agrees_with_length_alone(capsys)
     said(capsys)
     capstone.tell_taste("C", rows)
     assert said(capsys).startswith("you said C, it is A")
+    capstone.tell_taste("C", [row | {"pairs that differ": 4} for row in rows])
+    assert said(capsys).startswith("too few labels to tell")
 
 
 def test_only_one_s_own_labels_are_compared_where_there_are_some():

@@ -229,6 +229,21 @@ def test_a_score_beyond_all_bounds_leaves_updates_out():
     diagnosed(doctor.skipped, run.history, symptom, "a score or a learning rate that is far too large", "score_clip")
 
 
+def test_a_weight_that_is_no_number_is_named_with_its_step():
+    run = trainer(batch_size=4, mini_batch_size=4)
+    _, queries = run.encode(PROMPTS[:4])
+    responses = run.generate(queries)
+    run.step(queries, responses, [0.5, 1.0, 0.0, -0.5])
+    with torch.no_grad():
+        run.model.v_head.summary.bias.fill_(math.nan)
+    for _ in range(2):
+        run.step(queries, responses, [0.5, 1.0, 0.0, -0.5])
+    symptom = "ppo/loss/policy is not a number at step 2, and 1 more"
+    diagnosed(
+        doctor.not_a_number, run.history, symptom, "a score, a weight or a learning rate", "the checkpoint before", alone=False
+    )
+
+
 def test_a_step_whose_numbers_overflow_is_reported_and_hides_nothing():
     run = trainer(batch_size=4, mini_batch_size=4)
     for step in range(20):

@@ -204,6 +204,7 @@ WRONG_BEYOND = [
     ("check_net_score", "lambda h: [h[0]['ppo/mean_scores'] - h[0]['objective/kl_coef'] * h[0]['objective/kl'] for row in h]", "expected"),
     ("check_gets_gradient", "lambda a, r, c: (r - 1) * a < c", "sign of A alone"),
     ("check_gets_gradient", "lambda a, r, c: torch.where(a > 0, r < 1.2, r > 0.8)", "expected"),
+    ("check_gets_gradient", "lambda a, r, c: torch.where(a > 0, r.log() < c, r.log() > -c)", "the ratio itself"),
     ("check_gets_gradient", "lambda a, r, c: torch.where(a > 0, r < 1 + c, r > 1 - c).long()", "boolean"),
     ("check_gae", "lambda r, v, g, l: [sum((g * l) ** (u - t) * (r[u] + g * [*v[1:], 0.0][u] - v[u]) for u in range(t, 4)) for t in range(4)]", "expected"),
     ("check_pad_left", "lambda rows, pad: tuple(x.float() for x in padded(rows, pad))", "LongTensors"),
@@ -420,6 +421,14 @@ def test_what_an_answer_prints_is_no_verdict():
     assert exercises.ticked(exercises.check_full_stop_reward, right)
     assert not exercises.ticked(exercises.check_full_stop_reward, wrong)
     assert not exercises.ticked(exercises.check_full_stop_reward, ...)
+    without_an_end = lambda p, texts: print(len(texts), end=" ") or [float(text.strip().endswith(".")) for text in texts]
+    assert exercises.ticked(exercises.check_full_stop_reward, without_an_end)
+
+
+def test_the_right_numbers_in_another_container_are_told_so(capsys):
+    answer = lambda a, r, c: torch.where(a > 0, r < 1 + c, r > 1 - c).tolist()
+    exercises.check_gets_gradient(answer)
+    assert "the numbers are right; expected a Tensor of torch.bool, got a list" in capsys.readouterr().out
 
 
 def test_an_answer_may_change_its_arguments(capsys):

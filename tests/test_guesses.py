@@ -74,6 +74,16 @@ def test_a_number_stands_beside_the_result(guess, expected, capsys):
     assert said(capsys) == expected + "\n"
 
 
+@pytest.mark.parametrize("guess", [(24, 960), "24,960", (25, 0), "25,000", 24960])
+def test_thousands_may_be_written_as_the_page_does(guess, capsys):
+    guesses.number(guess, 24_960)
+    assert said(capsys).endswith((": that is it.\n", ": close.\n"))
+    guesses.number("1,000", 125)
+    assert "too large" in said(capsys)
+    guesses.number("\N{MINUS SIGN}5", -5.0)
+    assert said(capsys).endswith("that is it.\n")
+
+
 def test_a_share_where_percent_are_asked_for_is_taken_for_one(capsys):
     for guess in (0.93, "0.93", "93 %"):
         guesses.number(guess, 93.5, "% of the tokens")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rlhf_helpers.intervals import mean_interval, two_level_interval
+from rlhf_helpers.intervals import mean_interval, share_interval, two_level_interval
 
 
 def test_a_mean_over_two_values_can_be_either():
@@ -13,6 +13,14 @@ def test_a_mean_over_two_values_can_be_either():
 def test_values_that_agree_have_no_spread():
     assert mean_interval([0.5] * 7) == (0.5, (0.5, 0.5))
     assert two_level_interval(np.full((3, 4), 0.5)) == (0.5, pytest.approx((0.5, 0.5)))
+
+
+def test_a_share_of_all_or_none_has_an_interval_too():
+    """Wilson's, by its definition: the shares that lie 1.96 of their own deviations from what was seen."""
+    for hits in ([True] * 21, [False] * 8, [True] * 3 + [False] * 9):
+        share, ends = share_interval(hits)
+        at_the_ends = [abs(share - end) / (end * (1 - end) / len(hits)) ** 0.5 for end in ends if 1e-9 < end < 1 - 1e-9]
+        assert share == np.mean(hits) and len(at_the_ends) >= 1 and at_the_ends == pytest.approx([1.96] * len(at_the_ends))
 
 
 def test_it_covers_the_true_mean_about_as_often_as_it_says():

@@ -305,3 +305,22 @@ def test_the_table_of_modules_names_every_module_once():
         ".".join(path.relative_to(package).with_suffix("").parts) for path in package.rglob("*.py") if path.stem != "__init__"
     ]
     assert sorted(named) == sorted(modules)
+
+
+PACKAGE = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "rlhf_helpers").rglob("*.py"))]
+
+
+@each_notebook
+def test_code_that_a_page_shows_is_the_package_s(notebook):
+    """`inspect.getsource` in a cell: after a change the stored output would show what is there no more."""
+    sources = [
+        i for i, cell in cells(notebook, "code") if "getsource" in cell["source"] or re.match(r"source\(", cell["source"])
+    ]
+    shown = [
+        (i, "".join(out["data"]["text/plain"]))
+        for i, out in outputs(notebook)
+        if i in sources and "text/html" in out.get("data", {})
+    ]
+    for number, text in shown:
+        for part in re.split(r"\n\n+(?=def |class |@)", text.strip("\n")):
+            assert any(part.strip("\n") in module for module in PACKAGE), f"cell {number}: {part[:60]}"

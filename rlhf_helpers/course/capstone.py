@@ -15,7 +15,7 @@ from rlhf_helpers.course.gold import gold_parts, gold_reward, is_whole, names_su
 from rlhf_helpers.course.runs import Log, logs_of, read_log
 from rlhf_helpers.data import load_preferences
 from rlhf_helpers.evaluation import chosen_of, paired_gain
-from rlhf_helpers.intervals import mean_interval, two_level_interval
+from rlhf_helpers.intervals import mean_interval, share_interval, two_level_interval
 
 PAIRS = 50
 BUDGET = CPU.ppo_config().kl_budget  # nats, of the healthy run and of the one with a bug
@@ -170,15 +170,16 @@ TASTE = {
 
 def tell_taste(guess, rows):
     """The learner's guess beside the yardstick of `agreement` that the labels went along with most."""
-    shares = {letter: row["same"] for letter, row in zip(TASTE, rows[1:])}
-    as_number = lambda share: float(share.rstrip("%") or 0)
-    guesses.choice(guess, max(shares, key=lambda letter: as_number(shares[letter])), TASTE)
+    shares = {letter: row["same"] for letter, row in zip(TASTE, rows[1:]) if row["pairs that differ"] >= 5}
+    if not shares:
+        return print("too few labels to tell: the pairs that differ by a yardstick are fewer than five for each")
+    guesses.choice(guess, max(shares, key=lambda letter: float(shares[letter].rstrip("%"))), TASTE)
 
 
 def row(name, hits):
     if not hits:
         return {"labels against": name, "pairs that differ": 0, "same": "", "95 % interval": ""}
-    share, (low, high) = mean_interval(hits)
+    share, (low, high) = share_interval(hits)
     return {
         "labels against": name,
         "pairs that differ": len(hits),
@@ -334,7 +335,7 @@ def scorecard(pairs, labels, accuracy, course_accuracy, guessed, happened, diagn
     rows = [
         (30 * sum(labels.own) / PAIRS * beyond(np.mean(hits) if hits else 0.5), 30, "labels",
          f"{len(own)} of yours, the rule agrees with {sum(hits)}" if own else "none of yours"),
-        (30 * min(1.0, beyond(accuracy) / beyond(course_accuracy)), 30, "reward model", f"yours {accuracy:.0%}, the course's {course_accuracy:.0%}"),
+        (30 * min(1.0, beyond(accuracy) / (beyond(course_accuracy) or 1.0)), 30, "reward model", f"yours {accuracy:.0%}, the course's {course_accuracy:.0%}"),
         (10 * (guesses.as_letter(guessed, GOLD_LESSONS) == happened), 10, "gold of your run", f"you said {said}, it was {happened}"),
         (10 * right_diagnoses(diagnosis), 30, "diagnoses", f"{right_diagnoses(diagnosis)} of 3 right"),
     ]  # fmt: skip

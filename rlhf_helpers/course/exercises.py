@@ -215,8 +215,8 @@ def check_gets_gradient(answer):
     """A function (advantages, ratios, cliprange) -> which tokens the clipped loss still moves, boolean."""
     import torch
 
-    advantages = torch.tensor([1.0, 1.0, 0.4, -0.4, -1.0, -1.0, 2.0])
-    ratios = torch.tensor([0.7, 1.0, 1.3, 0.7, 1.0, 1.3, 1.3])
+    advantages = torch.tensor([1.0, 1.0, 0.4, -0.4, -1.0, -1.0, 2.0, 1.0])
+    ratios = torch.tensor([0.7, 1.0, 1.3, 0.7, 1.0, 1.3, 1.3, 1.21])
     inside = lambda a, r, c: (r > 1 - c) & (r < 1 + c)
     hints = [
         (inside, "clipping works in one direction: a good token below 1 - cliprange and a bad one above 1 + cliprange still move"),
@@ -224,12 +224,13 @@ def check_gets_gradient(answer):
         (lambda a, r, c: ~torch.where(a > 0, r < 1 + c, r > 1 - c), "those are the tokens that are stopped"),
         (lambda a, r, c: torch.where(a > 0, r < 1 + c, r > 1 - c).float(), "those are numbers; a boolean tensor is wanted"),
         (lambda a, r, c: torch.ones_like(r, dtype=torch.bool), "nothing is stopped there: a good token is above 1 + cliprange, a bad one below 1 - cliprange"),
+        (lambda a, r, c: torch.where(a > 0, r.log() < c, r.log() > -c), "the ratio itself is held against 1 + cliprange, not its logarithm against cliprange"),
         (lambda a, r, c: r > 1 - c, "right for bad tokens; a good one (A > 0) is stopped above 1 + cliprange"),
         (lambda a, r, c: (r - 1) * a < c, "whether a token is stopped depends on its ratio and the sign of A alone"),
         (lambda a, r, c: r < 1 + c, "right for good tokens; a bad one (A < 0) is stopped below 1 - cliprange"),
     ]
-    cases = [((advantages, ratios, 0.2), torch.tensor([True, True, False, False, True, True, False]))]
-    cases.append(((advantages, ratios, 0.4), torch.ones(7, dtype=torch.bool)))
+    cases = [((advantages, ratios, 0.2), torch.tensor([True, True, False, False, True, True, False, False]))]
+    cases.append(((advantages, ratios, 0.4), torch.ones(8, dtype=torch.bool)))
     truths = lambda x: str(x.dtype).endswith("bool")  # numpy's, too
     agree = lambda a, b: truths(a) == truths(b) and same(a, b)
     function(answer, cases, hints, agree, praise="a brake in one direction on each side")

@@ -18,8 +18,8 @@ def ticked(check, answer):
     """Whether a check gives an answer its tick, without a word."""
     with contextlib.redirect_stdout(io.StringIO()) as page:
         check(answer)
-    verdicts = [line[0] for line in page.getvalue().splitlines() if line.startswith(("✓", "✗"))]
-    return verdicts[-1:] == ["✓"]  # an answer may print what it likes; the check speaks last
+    said = page.getvalue()  # an answer may print what it likes, without a line end, too; the check speaks last
+    return said.rfind("✓ ") > said.rfind("✗ ")
 
 
 def number(answer, right, hints=(), within=0.005, praise="right"):
@@ -43,17 +43,24 @@ def as_number(answer, near=math.inf):
         if isinstance(answer, (bool, bytes)):
             return None
         if isinstance(answer, tuple) and len(answer) == 2 and all(type(part) is int for part in answer) and answer[1] >= 0:
-            answer = "{}.{}".format(*answer)
+            thousands = answer[1] == 0 and abs(answer[0]) > 9 or 100 <= answer[1] <= 999  # 25,000 is (25, 0) to Python
+            answer = f"{answer[0]},{answer[1]:03d}" if thousands else f"{answer[0]}.{answer[1]}"
         if isinstance(answer, str):
+            answer = answer.replace("\N{MINUS SIGN}", "-")  # as pages print it
             (answer,) = re.fullmatch(r"\s*([-+]?[\d.,]*\d(?:[eE][-+]?\d+)?)\s*[^\d.,]*", answer).groups()
             grouped = re.fullmatch(r"[-+]?[1-9]\d{0,2}(,\d{3})+(\.\d+)?", answer)
             readings = [answer.replace(",", "")] if grouped else []
             readings += [answer.replace(",", ".")] if answer.count(",") + answer.count(".") <= 1 else []
-            answer = min(map(float, readings or [answer]), key=lambda reading: abs(reading - near))
+            answer = min(map(float, readings or [answer]), key=lambda reading: times_apart(reading, near))
         given = float(answer)
     except Exception:  # whatever a learner may put there
         return None
     return None if math.isnan(given) else given
+
+
+def times_apart(reading, near):
+    """How far two numbers are from each other: by their ratio, where there is one."""
+    return abs(math.log(reading / near)) if 0 < reading < math.inf and 0 < near < math.inf else abs(reading - near)
 
 
 def function(answer, cases, hints=(), agree=None, praise="right"):
@@ -64,9 +71,9 @@ def function(answer, cases, hints=(), agree=None, praise="right"):
     if not callable(answer):
         return say(False, f"{shown(answer)} is not a function")
 
-    def agrees(a, b):
+    def agrees(a, b, how=agree or same):
         try:
-            return bool((agree or same)(a, b))
+            return bool(how(a, b))
         except Exception:  # things that cannot be compared do not agree
             return False
 
@@ -90,6 +97,9 @@ def function(answer, cases, hints=(), agree=None, praise="right"):
     for wrong, hint in hints:
         if all(map(agrees, given, results(wrong))):
             return say(False, hint)
+    kind = lambda thing: f"{type(thing).__name__} of {thing.dtype}" if hasattr(thing, "dtype") else type(thing).__name__
+    if all(agrees(result, expected, same) for result, (_, expected) in zip(given, cases)):
+        return say(False, f"the numbers are right; expected a {kind(cases[0][1])}, got a {kind(given[0])}")
     first = right.index(False)
     arguments, expected = cases[first]
     say(False, f"for {', '.join(map(shown, arguments))}\n  expected {shown(expected)}\n  got      {shown(given[first])}")

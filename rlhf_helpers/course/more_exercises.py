@@ -1,6 +1,7 @@
 """The exercise checks of notebook 08: as in `exercises`, a tick, or a cross with the likely mistake in words."""
 
 from rlhf_helpers.course.grading import function, say
+from rlhf_helpers.course.guesses import as_letter
 
 
 def check_share_between(answer):
@@ -71,7 +72,7 @@ def check_what_follows(answer):
     }
     if answer is ...:
         return say(False, "no answer yet: put A, B or C where the three dots are")
-    letter = answer.strip(" \t\n().:").upper() if isinstance(answer, str) else None
+    letter = as_letter(answer, ("A", "B", "C"))
     if letter == "C":
         return say(True, "not decided is a result: it says how much is still possible")
     say(False, crosses.get(letter, "expected one of the letters A, B and C"))
