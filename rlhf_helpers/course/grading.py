@@ -58,6 +58,12 @@ def as_number(answer, near=math.inf):
     return None if math.isnan(given) else given
 
 
+def as_letter(guess, letters):
+    """One of `letters` for "b", " B " or "(b)"; None for all else."""
+    letter = guess.strip(" \t\n().:,;[]'\"").upper() if isinstance(guess, str) else None
+    return letter if letter in letters else None
+
+
 def times_apart(reading, near):
     """How far two numbers are from each other: by their ratio, where there is one."""
     return abs(math.log(reading / near)) if 0 < reading < math.inf and 0 < near < math.inf else abs(reading - near)

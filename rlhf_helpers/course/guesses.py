@@ -5,7 +5,7 @@ learning")."""
 
 import math
 
-from rlhf_helpers.course.grading import as_number, shown
+from rlhf_helpers.course.grading import as_letter, as_number, shown
 from rlhf_helpers.course.recall import QUESTIONS
 
 INVITATION = "Put your guess where the dots are next time, before you look."
@@ -72,9 +72,3 @@ def plain(x):
     if not math.isfinite(x):
         return str(x)
     return f"{x + 0.0:,.0f}" if x == int(x) or abs(x) >= 1000 else f"{x:.3g}"
-
-
-def as_letter(guess, letters):
-    """One of `letters` for "b", " B " or "(b)"; None for all else."""
-    letter = guess.strip(" \t\n().:,;[]'\"").upper() if isinstance(guess, str) else None
-    return letter if letter in letters else None

@@ -1,7 +1,6 @@
 """The exercise checks of notebook 08: as in `exercises`, a tick, or a cross with the likely mistake in words."""
 
-from rlhf_helpers.course.grading import function, say
-from rlhf_helpers.course.guesses import as_letter
+from rlhf_helpers.course.grading import as_letter, function, say
 
 
 def check_share_between(answer):
