@@ -196,8 +196,22 @@ WRONG = {
     ],
 }  # fmt: skip
 
-# What got a tick once, and must not: right for the example on the page, or for the check's own, and wrong beyond.
+# What got a tick once, and must not: right for the example on the page, or for the check's own, and wrong beyond. And what got a cross
+# without the words that help.
 WRONG_BEYOND = [
+    ("check_gae", "lambda r, v, g, l: [sum((g * l) ** (u - t) * (r[u] + [*v[1:], 0.0][u] - v[u]) for u in range(t, len(r))) for t in range(len(r))]", "gamma is missing in delta"),
+    ("check_gae", "lambda r, v, g, l: [r[t] + g * [*v[1:], 0.0][t] - v[t] for t in range(len(r))]", "those are the deltas"),
+    ("check_gae", "lambda r, v, g, l: [-sum((g * l) ** (u - t) * (r[u] + g * [*v[1:], 0.0][u] - v[u]) for u in range(t, len(r))) for t in range(len(r))]", "the sign"),
+    ("check_own_advantages", "lambda r, config, total: ((r.rewards.sum(1) / r.mask.sum(1) - (r.rewards.sum(1) / r.mask.sum(1)).mean())[:, None] * r.mask, r.values)", "a mean over tokens"),
+    ("check_own_advantages", "lambda r, config, total: ((r.rewards.sum(1) - (r.rewards.sum() - r.rewards.sum(1)) / 2)[:, None] * r.mask, r.values)", "leave-one-out"),
+    ("check_own_advantages", "lambda r, config, total: ((r.rewards.sum(1) - r.rewards.sum(1).mean())[:, None] * r.mask, None)", "what the value head should learn"),
+    ("check_own_advantages", "lambda r, config, total: (r.values, (r.rewards.sum(1) - r.rewards.sum(1).mean())[:, None] * r.mask)", "the other way round"),
+    ("check_advantages", "lambda r, config, total: (lambda raw, returns: (ppo.whiten(raw, r.mask) / ppo.masked_var(raw, r.mask) ** 0.5, returns))(*ppo.gae(r.rewards, r.values, r.mask, config.gamma, config.lam))", "not by the variance"),
+    ("check_advantages", "lambda r, config, total: (lambda raw, returns: (torch.cat([ppo.whiten(raw[i : i + 1], r.mask[i : i + 1]) for i in range(3)]), returns))(*ppo.gae(r.rewards, r.values, r.mask, config.gamma, config.lam))", "not row by row"),
+    ("check_best_policy", "lambda ref, scores, beta: [p * math.exp(-s / beta) / sum(q * math.exp(-t / beta) for q, t in zip(ref, scores)) for p, s in zip(ref, scores)]", "the sign"),
+    ("check_best_policy", "lambda ref, scores, beta: [p * math.exp(s / beta) / sum(math.exp(t / beta) for t in scores) for p, s in zip(ref, scores)]", "has the reference in it"),
+    ("check_share_between", "lambda rewards: 1 - rewards.var(1).mean() / rewards.var()", "leaves the scatter of the means in"),
+    ("check_steps_until_spent", "lambda kls, budget: next((n for n in range(1, len(kls) + 1) if sum(kls[:n]) > budget), len(kls))", "nothing is used up"),
     ("check_own_advantages", "lambda r, config, total: ((r.scores - r.scores.mean())[:, None] * r.mask, r.values)", "leave the price on KL out"),
     ("check_own_advantages", "lambda r, config, total: (r.rewards.copy_((r.rewards.sum(1) - r.rewards.sum(1).mean())[:, None] * r.mask), r.values)", "changed rollout.rewards"),
     ("check_net_score", "lambda history: [0.3] * len(history)", "expected"),
@@ -326,7 +340,9 @@ HELPERS = dict(
 
 def run(code):
     """The names that a cell leaves behind."""
-    names = dict(torch=torch, math=math, mean=mean, exercises=exercises, CPU=CPU, PPOConfig=PPOConfig, gae=gae, **HELPERS)
+    names = dict(
+        torch=torch, math=math, mean=mean, exercises=exercises, CPU=CPU, PPOConfig=PPOConfig, gae=gae, ppo=ppo, **HELPERS
+    )
     exec(code, names)
     return names
 

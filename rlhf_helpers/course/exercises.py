@@ -187,10 +187,10 @@ def check_kl_per_response(answer):
 def check_gae(answer):
     """A function (rewards, values, gamma, lam) -> advantages, lists of floats."""
 
-    def gae(rewards, values, gamma, lam, start=0.0, decay=None, forget_value=False):
+    def gae(rewards, values, gamma, lam, start=0.0, decay=None, forget_value=False, forget_gamma=False):
         advantages, next_value, carried = [], start, 0.0
         for reward, value in zip(reversed(rewards), reversed(values)):
-            delta = reward + gamma * next_value - (0.0 if forget_value else value)
+            delta = reward + (1.0 if forget_gamma else gamma) * next_value - (0.0 if forget_value else value)
             carried = delta + (gamma * lam if decay is None else decay(gamma, lam)) * carried
             next_value = value
             advantages.insert(0, carried)
@@ -202,6 +202,9 @@ def check_gae(answer):
         (lambda r, v, g, l: gae(r, v, g, l, decay=lambda g, l: g), "lam is missing: carry gamma * lam times the next advantage"),
         (lambda r, v, g, l: gae(r, v, g, l, start=v[-1]), "nothing follows the last token: its next value is 0"),
         (lambda r, v, g, l: gae(r, v, g, l, forget_value=True), "subtract the value: delta = r + gamma * V_next - V"),
+        (lambda r, v, g, l: gae(r, v, g, l, forget_gamma=True), "gamma is missing in delta: r + gamma * V_next - V"),
+        (lambda r, v, g, l: gae(r, v, g, l, decay=lambda g, l: 0.0), "those are the deltas: carry gamma * lam times the next advantage back"),
+        (lambda r, v, g, l: [-a for a in gae(r, v, g, l)], "the sign: better than expected must come out positive"),
         (lambda r, v, g, l: gae(r, v, g, l)[::-1], "those come in reverse order"),
         (lambda r, v, g, l: [a + b for a, b in zip(gae(r, v, g, l), v)], "those are the returns: advantage + value"),
     ]  # fmt: skip
@@ -330,6 +333,9 @@ def check_best_policy(answer):
         (ideal(lambda p, score, beta: math.exp(score / beta)), "the reference is missing: what it never writes, the policy hardly writes"),
         (ideal(lambda p, score, beta: p * math.exp(score)), "the price is missing: divide the score by it"),
         (ideal(lambda p, score, beta: p * score / beta), "the exponential is missing: exp(score / beta)"),
+        (ideal(lambda p, score, beta: p * math.exp(-score / beta)), "the sign: a higher score must be written more often"),
+        (lambda ref, scores, beta: [p * math.exp(s / beta) / sum(math.exp(s / beta) for s in scores) for p, s in zip(ref, scores)],
+         "the sum to divide by has the reference in it, too: these do not add up to 1"),
         (lambda ref, scores, beta: [p * math.exp(s / beta) for p, s in zip(ref, scores)], "probabilities add up to 1: divide by their sum"),
     ]  # fmt: skip
     cases = [(arguments, right(*arguments)) for arguments in (([0.7, 0.3], [0.0, 1.0], 0.5), ([0.5, 0.4, 0.1], [0.2, -1.0, 2.0], 2.0))]
@@ -356,6 +362,8 @@ def check_steps_until_spent(answer):
         *((until(window), "the mean is that of the last four steps") for window in (2, 3, 5)),
         (until(above=operator.ge), "at the budget it goes on; it ends once the mean is above"),
         (until(late=True), "while there are fewer than four steps, the mean is over those"),
+        (lambda kls, budget: next((n for n in range(1, len(kls) + 1) if sum(kls[:n]) > budget), len(kls)),
+         "nothing is used up: the KL of a step is all that lies between policy and reference then; compare the mean of the last four"),
         (lambda kls, budget: sum(kl <= budget for kl in kls), "a KL may fall again, but the run has ended; find the first step, by the mean of four"),
     ]
     runs = [[1.0, 2.0, 9.0, 3.0, 4.0, 12.0, 14.0, 15.0, 2.0], [0.1, 0.2, 0.3], [20.0, 1.0, 1.0, 1.0, 1.0]]

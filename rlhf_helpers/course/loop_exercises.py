@@ -27,6 +27,7 @@ def own_advantages(rollout, config=None, total=None):
 
 def check_own_advantages(answer):
     """A function (rollout, config, total) -> (advantages, returns), both (B, T), as `own_advantages`."""
+    import torch
 
     def made(number, spread=lambda number, r: number[:, None] * r.mask):
         return lambda r, config=None, total=None: (spread(number(r), r), r.values)
@@ -41,11 +42,16 @@ def check_own_advantages(answer):
         *((made(centred, lambda number, r, of=of: number[:, None] * (getattr(r, of) != 0)), f"a real token may have 0 in rollout.{of}: use rollout.mask")
           for of in ("rewards", "values")),
         (made(lambda r: returns(r) - r.rewards.sum() / r.mask.sum()), "that baseline is the mean reward of a token; take the mean of the responses' sums"),
+        (made(lambda r: r.rewards.sum(1) / r.mask.sum(1) - (r.rewards.sum(1) / r.mask.sum(1)).mean()), "that is a mean over tokens; a return is the sum of a row"),
+        (made(lambda r: centred(r) * len(r.mask) / (len(r.mask) - 1)), "that is leave-one-out: a fine choice, but here the mean is over the whole batch"),
         (made(lambda r: -centred(r)), "the sign: better than the mean must come out positive"),
         (made(lambda r: centred(r) / returns(r).std()), "divided by the deviation, as GRPO does: a fine choice, but leave it out here"),
         (made(lambda r: centred(r) / r.mask.sum(1)), "divided by the length: then a long answer learns less from each token; leave that out here"),
         (lambda r, config=None, total=None: (r.rewards - returns(r).mean(), r.values), "that is a token's own reward; the score stands on the last token alone, so add the row up first"),
         (lambda r, config=None, total=None: right(r)[0], "two things are asked for: (advantages, returns)"),
+        (lambda r, config=None, total=None: right(r)[::-1], "the other way round: the advantages first, then the returns"),
+        *((lambda r, config=None, total=None, of=of: (right(r)[0], of(r)), "the second is what the value head should learn: return rollout.values, and it is asked nothing")
+          for of in (lambda r: None, lambda r: torch.zeros_like(r.values))),
         (lambda r, config=None, total=None: (right(r)[0], right(r)[0]), "the second is what the value head should learn; with rollout.values it is asked nothing"),
         (lambda r, config=None, total=None: (centred(r), r.values), "one number a response came back; the trainer wants one for each token, (B, T)"),
     ]  # fmt: skip

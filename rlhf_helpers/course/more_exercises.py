@@ -26,6 +26,7 @@ def check_share_between(answer):
         (lambda r: r.mean(1).var() / (r.mean(1).var() + within(r)), "the mean of a prompt's answers still scatters by within / answers: take that off first"),
         (lambda r: 1 - right(r), "that is the share within prompts; the other one is asked for"),
         (lambda r: within(r) / r.var(), "that is about the share within prompts; the other one is asked for"),
+        (lambda r: 1 - within(r) / r.var(), "that leaves the scatter of the means in: between is their variance less within / answers, the whole between + within"),
         (between, "that is the variance between prompts; divide it by between + within"),
         (lambda r: between(r) / within(r), "a share: divide by between + within, not by within alone"),
         (lambda r: r.var(0).mean() / r.var(), "rows are prompts: the variance within is taken along a row, dimension 1"),

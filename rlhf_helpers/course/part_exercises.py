@@ -87,6 +87,7 @@ def check_advantages(answer):
     everywhere = lambda x, mask: ppo.whiten(x, torch.ones_like(mask))
     on_mask = lambda x, mask: torch.where(mask, everywhere(x, mask), 0.0)
     population = lambda x, mask: ppo.whiten(x, mask) * torch.rsqrt(1 - 1 / mask.sum())
+    by_row = lambda x, mask: torch.cat([ppo.whiten(one[None], real[None]) for one, real in zip(x, mask)])
     right = made()
     hints = [
         (made(whiten=population), "the deviation over n - 1, as torch's std takes it"),
@@ -95,6 +96,8 @@ def check_advantages(answer):
         (made(whiten=on_real), "mean and deviation are right, but padding must stay 0: torch.where(mask, ..., 0.0)"),
         (made(whiten=everywhere), "padding has been whitened, too: it must stay 0, and not count"),
         (made(whiten=lambda x, mask: x * torch.rsqrt(ppo.masked_var(x, mask))), "subtract the mean, too"),
+        (made(whiten=lambda x, mask: ppo.whiten(x, mask) * torch.rsqrt(ppo.masked_var(x, mask))), "divide by the deviation, not by the variance"),
+        (made(whiten=by_row), "mean and deviation are over all real tokens of the batch, not row by row"),
         (made(after=True), "the returns are the raw advantages + values: whitened ones have another unit"),
         (lambda rollout, config, *_: right(rollout, replace(config, gamma=1.0)), "gamma is missing: it stands in the config, beside lam"),
         (lambda *args: (right(*args)[0], right(*args)[1] - args[0].values), "those returns are the raw advantages alone; add the values"),
