@@ -100,6 +100,6 @@ def test_the_peak_counts_the_larger_of_sampling_and_updating():
 def test_the_peak_of_a_process_is_not_its_parents():
     ballast = torch.ones(10**8)  # 400 MB
     function = inspect.getsource(machine.peak_megabytes)
-    script = f"import resource, sys\nfrom pathlib import Path\n{function}\nprint(peak_megabytes())"
+    script = f"import re, resource, sys\nfrom pathlib import Path\n{function}\nprint(peak_megabytes())"
     child = float(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
     assert machine.peak_megabytes() > ballast.nbytes / 2**20 > 100 > child > 1
