@@ -763,7 +763,7 @@ def test_one_step_far_off_counts_for_a_quarter():
 
 def test_an_infinite_budget_is_never_spent_and_none_is_no_budget():
     assert spend(math.inf)[1] == spend(None)[1]
-    for wrong in (0, -1.0, math.nan, "7"):
+    for wrong in (0, -1.0, math.nan, "7", 10**400):
         with pytest.raises(ValueError, match="PPOConfig.kl_budget is .*; expected None, inf or a number above 0"):
             PPOConfig(kl_budget=wrong)
 
