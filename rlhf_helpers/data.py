@@ -184,20 +184,22 @@ def _pairs(where, record):
 
 def _prompt_before(where, value, shared):
     """The prompt of a pair whose answers are lists of turns. What these share is the conversation so far: it begins with the prompt, or
-    goes on after it."""
+    goes on after it. A system turn may stand in either."""
     prompt = _prompt(where, value)
     if shared is None:
         return prompt
-    asked, so_far = ([(turn["role"], turn["content"].strip()) for turn in turns(text)] for text in (prompt, shared))
-    if so_far[0][0] == "assistant":  # the answers go on where the prompt ends
-        return transcript(turns(prompt) + turns(shared))
-    if asked[0][0] != "system" == so_far[0][0]:
-        so_far = so_far[1:]
-    if so_far[: len(asked)] != asked:
+    asked, so_far = turns(prompt), turns(shared)
+    if so_far[0]["role"] == "assistant":
+        return transcript(asked + so_far)
+    first = lambda chat: [turn for turn in chat[:1] if turn["role"] == "system"]
+    key = lambda chat: [(turn["role"], turn["content"].strip()) for turn in chat]
+    own, system = first(asked), first(asked) or first(so_far)
+    asked, so_far = asked[len(own) :], so_far[len(first(so_far)) :]
+    if key(so_far)[: len(asked)] != key(asked):
         raise InputError(
             f"{where}: field 'prompt' is {shown(value)}, and both answers begin with other turns; expected the same"
         )
-    return prompt if len(so_far) == len(asked) else shared
+    return prompt if len(so_far) == len(asked) and (own or not system) else transcript(system + so_far)
 
 
 def _prompt(where, value):

@@ -168,12 +168,13 @@ def value_useless(run):
 
 def value_spike(run):
     """Against the steps before it: a loss that starts high and falls is a value head that learns."""
-    steps, losses = run.series("step"), run.series("ppo/loss/value")
-    for place in range(RECENT, len(losses)):
-        before = median(losses[place - RECENT : place])
-        if losses[place] > 10 * max(before, 1e-3):
-            step = f"{steps[place]:.0f}" if len(steps) == len(losses) else f"number {place + 1}"
-            return f"the value loss jumped to {losses[place]:.2f} at step {step}; before, it was about {before:.3f}"
+    rows = [(row.get("step", place), row.get("ppo/loss/value", math.nan)) for place, row in enumerate(run.history, 1)]
+    rows = [(step, loss) for step, loss in rows if loss == loss]
+    for place in range(RECENT, len(rows)):
+        step, loss = rows[place]
+        before = median(loss for _, loss in rows[place - RECENT : place])
+        if loss > 10 * max(before, 1e-3):
+            return f"the value loss jumped to {loss:.2f} at step {step:.0f}; before, it was about {before:.3f}"
 
 
 def scores_alike(run):

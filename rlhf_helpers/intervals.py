@@ -23,7 +23,7 @@ def share_interval(hits):
     """(share, (low, high)) of yes and no, (n,): Wilson's (1927), which has a width where all are alike, too. A bootstrap has none."""
     n, share, z2 = len(hits), float(np.mean(hits)), 1.96**2
     middle, half = share + z2 / (2 * n), 1.96 * (share * (1 - share) / n + z2 / (4 * n * n)) ** 0.5
-    return share, ((middle - half) / (1 + z2 / n), (middle + half) / (1 + z2 / n))
+    return share, (max(0.0, (middle - half) / (1 + z2 / n)), min(1.0, (middle + half) / (1 + z2 / n)))
 
 
 @lru_cache(maxsize=4)  # the same at every call, and drawing them takes longer than all that is done with them

@@ -104,14 +104,21 @@ def as_chat(tokenizer, prompt, system=None):
     chat = turns(prompt)
     if system is not None and chat[0]["role"] != "system":
         chat = [{"role": "system", "content": system}, *chat]
-    if chat[0]["role"] == "system" and len(chat) > 1:
-        try:
-            text = tokenizer.apply_chat_template(chat, tokenize=False)
-        except TemplateError:
-            text = ""
-        if chat[0]["content"].strip() not in text:  # refused, or dropped without a word (Phi-3-mini's of 2024)
-            return [{"role": "user", "content": f"{chat[0]['content']}\n\n{chat[1]['content']}"}, *chat[2:]]
+    if chat[0]["role"] == "system" and len(chat) > 1 and not _has_system_turn(tokenizer, chat):
+        head, *rest = chat
+        if rest[0]["role"] == "user":
+            return [{"role": "user", "content": f"{head['content']}\n\n{rest[0]['content']}"}, *rest[1:]]
+        return [{"role": "user", "content": head["content"]}, *rest]
     return chat
+
+
+def _has_system_turn(tokenizer, chat):
+    """Whether the template writes what the first turn, the system's, says: some refuse it, and some (Phi-3-mini's of 2024) drop it."""
+    probe = "xq7wz"  # a word that no template has, in letters that none escapes
+    try:
+        return probe in tokenizer.apply_chat_template([chat[0] | {"content": probe}, *chat[1:]], tokenize=False)
+    except TemplateError:
+        return False
 
 
 def encode_prompt(tokenizer, prompt, system=None):

@@ -80,8 +80,8 @@ def kl_per_token(logprobs, ref_logprobs, kind="kl"):
 def full_kl_per_token(logits, ref_logits, mask, temperature=1.0):
     """KL(pi || pi_ref) in nats over the whole vocabulary, (B, T), 0 outside the mask. Shapes: two (B, T, V)."""
     out = torch.zeros(mask.shape, dtype=torch.float32, device=logits.device)
-    log, ref_log = ((x[mask].float() / temperature).log_softmax(-1).clamp(min=LOWEST) for x in (logits, ref_logits))
-    out[mask] = (log.exp() * (log - ref_log)).sum(-1)
+    log, ref_log = ((x[mask].float() / temperature).log_softmax(-1) for x in (logits, ref_logits))
+    out[mask] = torch.where(log.isneginf(), 0.0, log.exp() * (log - ref_log)).sum(-1)
     return out
 
 

@@ -59,7 +59,7 @@ class RewardModel:
             raise InputError(f"reward model with {labels} labels; expected 1 (the score) or 2 (label 1 is the good one)")
         _check_format("RewardModel", dict(join=join, mean=mean, std=std, max_length=max_length, batch_size=batch_size))
         self.model, self.join = model.float().eval().requires_grad_(False), join
-        self.mean, self.std, self.batch_size = float(mean), float(std), batch_size
+        self.mean, self.std, self.batch_size, max_length = float(mean), float(std), int(batch_size), int(max_length)
         limits = tokenizer.model_max_length, positions_of(model)  # 0, -1: no limit
         self.max_length = min([max_length, *(limit for limit in limits if limit > 0)])
         self.tokenizer = copy.deepcopy(tokenizer)  # the settings below are ours alone: a policy may share the tokenizer
@@ -194,7 +194,9 @@ def _check_format(where, how):
     """Raises InputError unless all of a dict are arguments of RewardModel that it can use."""
     for name, value in how.items():
         if isinstance(value, bool) or not isinstance(value, FORMAT.get(name, ())) or (name != "join" and not abs(value) < 1e30):
-            raise InputError(f"{where}: {name} is {shown(value)}; expected {', '.join(FORMAT)}, a name and finite numbers")
+            raise InputError(
+                f"{where}: {name} is {shown(value)}; expected a name for join, and finite numbers for {', '.join(list(FORMAT)[1:])}"
+            )
         if name in ("std", "batch_size") and value <= 0:
             raise InputError(f"{where}: {name} is {value}; expected a number above 0")
         if name == "join" and value not in JOINS:

@@ -80,8 +80,8 @@ def clipped_scores(scores, responses, config, eos_ids):
 def checked_advantages(made, rollout):
     """What a function of advantages made, (advantages, returns). Raises InputError unless both are (B, T)."""
     shape = tuple(rollout.mask.shape)
-    fits = isinstance(made, tuple) and len(made) == 2 and all(getattr(part, "shape", None) == shape for part in made)
-    if not fits:
+    fits = lambda part: isinstance(part, torch.Tensor) and tuple(part.shape) == shape
+    if not (isinstance(made, (tuple, list)) and len(made) == 2 and all(map(fits, made))):
         raise InputError(
             f"the trainer's function of advantages gave {shown(made)}; expected two tensors {shape}, advantages and returns"
         )

@@ -21,7 +21,17 @@ WEIGHTS = "weights (by whether bitsandbytes is there)"
 MODEL, FORM = "--model (sha256)", "--model (sha256 of its configuration)"
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".gguf", "tokenizer.json")
 # How it reads a prompt, and what ends an answer.
-FORM_FILES = ("config.json", ".jinja", "tokens_map.json", ".model", "vocab.json", "merges.txt")
+FORM_FILES = (
+    "config.json",
+    ".jinja",
+    "template.json",
+    "tokens_map.json",
+    "added_tokens.json",
+    ".model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
 RESULTS = ("summary.json", "samples.jsonl", "curves.png")
 
 
@@ -73,7 +83,7 @@ def digest_of_folder(folder):
 
 
 def digest_of_model(folder, endings=WEIGHT_FILES, whole=2**29, block=2**20, every=16):
-    """Of the files with these endings in a model's folder, its weights and its tokens; None for a name on a hub. Of a file of more than
+    """Of the files with these endings in a model's folder, by default its weights and its tokens; None for a name on a hub. Of a file of more than
     `whole` bytes one block of every sixteen counts, a matrix of a large model at least: all of it would take a minute."""
     if folder is None or not Path(folder).is_dir():
         return None

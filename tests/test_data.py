@@ -117,7 +117,9 @@ USER, ASSISTANT, SYSTEM = (lambda text, role=role: dict(role=role, content=text)
 CONVERSATIONS = {  # prompt, what both answers share: what is trained on
     "nothing": ("P", [], "P"),
     "the prompt": ("P", [USER("P")], "P"),
-    "the prompt, after a system turn": ("P", [SYSTEM("S"), USER("P")], "P"),
+    "the prompt, after a system turn": ("P", [SYSTEM("S"), USER("P")], [SYSTEM("S"), USER("P")]),
+    "the prompt without its system turn": ([SYSTEM("S"), USER("P")], [USER("P")], [SYSTEM("S"), USER("P")]),
+    "both, with a system turn": ([SYSTEM("S"), USER("P")], [SYSTEM("S"), USER("P")], [SYSTEM("S"), USER("P")]),
     "the prompt and more": ("P", [USER("P"), ASSISTANT("A"), USER("U")], [USER("P"), ASSISTANT("A"), USER("U")]),
     "what comes after the prompt": ("P", [ASSISTANT("A"), USER("U")], [USER("P"), ASSISTANT("A"), USER("U")]),
     "the same, after turns": ([USER("P")], [ASSISTANT("A"), USER("U")], [USER("P"), ASSISTANT("A"), USER("U")]),

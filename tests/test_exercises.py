@@ -445,6 +445,10 @@ def test_the_right_numbers_in_another_container_are_told_so(capsys):
     answer = lambda a, r, c: torch.where(a > 0, r < 1 + c, r > 1 - c).tolist()
     exercises.check_gets_gradient(answer)
     assert "the numbers are right; expected a Tensor of torch.bool, got a list" in capsys.readouterr().out
+    exercises.check_own_advantages(
+        lambda r, config, total: ((r.rewards.sum(1) - r.rewards.sum(1).mean())[:, None] * r.mask, r.values.tolist())
+    )
+    assert "got a tuple (Tensor of torch.float32, list (list, list, list))" in capsys.readouterr().out
 
 
 def test_an_answer_may_change_its_arguments(capsys):

@@ -78,6 +78,8 @@ def test_a_number_stands_beside_the_result(guess, expected, capsys):
 def test_thousands_may_be_written_as_the_page_does(guess, capsys):
     guesses.number(guess, 24_960)
     assert said(capsys).endswith((": that is it.\n", ": close.\n"))
+    guesses.number((5, 0), 5000)
+    assert said(capsys).endswith("that is it.\n")
     guesses.number("1,000", 125)
     assert "too large" in said(capsys)
     guesses.number("\N{MINUS SIGN}5", -5.0)

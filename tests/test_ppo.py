@@ -136,6 +136,13 @@ def test_a_token_that_cannot_come_adds_nothing_to_entropy_and_kl():
     )
 
 
+def test_a_token_that_the_reference_cannot_write_makes_the_full_kl_infinite():
+    logits = torch.tensor([[[0.0, 1.0, 2.0]]])
+    ref, mask = torch.tensor([[[0.0, 1.0, -math.inf]]]), torch.ones(1, 1, dtype=torch.bool)
+    assert ppo.full_kl_per_token(logits, ref, mask).item() == math.inf
+    assert ppo.full_kl_per_token(ref, logits, mask).isfinite().all()
+
+
 def test_entropy_of_a_uniform_distribution_is_log_v_and_has_no_graph():
     entropy = ppo.entropy_from_logits(torch.zeros(1, 2, 8, requires_grad=True), torch.ones(1, 2, dtype=torch.bool))
     assert entropy.tolist() == [[pytest.approx(math.log(8))] * 2] and not entropy.requires_grad

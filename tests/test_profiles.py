@@ -136,6 +136,14 @@ def test_a_template_that_drops_the_system_s_words_gets_them_before_the_first_que
         "{% for message in messages %}{% if message['role'] == 'user' %}<{{ message['content'] }}>{% endif %}{% endfor %}"
     )
     assert as_chat(tokenizer, "What is tea?", "Be brief.") == [{"role": "user", "content": "Be brief.\n\nWhat is tea?"}]
+    greeted = as_chat(tokenizer, "Assistant: Hi!\n\nHuman: Is tea good?\n\nAssistant:", "Be brief.")
+    assert [(turn["role"], turn["content"]) for turn in greeted] == [
+        ("user", "Be brief."), ("assistant", "Hi!"), ("user", "Is tea good?")
+    ]  # fmt: skip
+    tokenizer.chat_template = (
+        "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] | tojson }}{% endfor %}"
+    )
+    assert as_chat(tokenizer, "What is tea?", 'Say "tea".')[0] == {"role": "system", "content": 'Say "tea".'}
 
 
 def test_loading_a_model_first_gives_back_that_of_a_deleted_trainer(nf4, llama_folder):

@@ -15,6 +15,7 @@ from rlhf_helpers.data import load_prompts, turns
 from rlhf_helpers.errors import InputError
 from rlhf_helpers.evaluation import evaluate
 from rlhf_helpers.models import PolicyWithValueHead
+from rlhf_helpers.rollout import gae_advantages
 from rlhf_helpers.trainer import PPOTrainer
 from tests import tiny
 from tests.tiny import llama, same, state, with_lora
@@ -236,7 +237,11 @@ def test_groups_that_mix_prompts_are_no_groups():
         trainer.inspect(queries[:3], responses[:3])
 
 
-@pytest.mark.parametrize("made", [None, torch.zeros(4), (torch.zeros(4), torch.zeros(4))], ids=["nothing", "one", "one each"])
+@pytest.mark.parametrize(
+    "made",
+    [None, torch.zeros(4), (torch.zeros(4), torch.zeros(4)), (np.zeros((4, 8)),) * 2],
+    ids=["nothing", "one", "one each", "numpy"],
+)
 def test_advantages_of_another_shape_are_named(made):
     trainer = tiny.trainer(with_lora(llama()))
     trainer.advantages = lambda rollout, config, total: made
@@ -245,6 +250,8 @@ def test_advantages_of_another_shape_are_named(made):
     ):
         trainer.step(*tiny.batch())
     assert trainer.steps_done == 0
+    trainer.advantages = lambda *given: list(gae_advantages(*given))  # a list of two is two
+    assert trainer.step(*tiny.batch()) and trainer.steps_done == 1
 
 
 @pytest.mark.parametrize("model", ["gpt2", None, torch.nn.Linear(2, 2), llama().model, PolicyWithValueHead(llama())])

@@ -307,10 +307,12 @@ def test_a_folder_without_the_weights_of_the_score_is_refused(tmp_path):
         (dict(join=["pair"]), r"RewardModel: join is \['pair'\]"),
     ],
 )
-def test_settings_of_a_reward_model_are_checked(how, words):
+def test_settings_of_a_reward_model_are_checked(how, words, tmp_path):
     with pytest.raises(InputError, match=words):
         model(**how)
-    assert model(mean=np.float32(1), std=np.int64(2)).mean == 1.0
+    numpys = model(mean=np.float32(1), std=np.int64(2), max_length=np.int64(64))
+    numpys.save(tmp_path / "rm")
+    assert RewardModel.load(tmp_path / "rm").mean == 1.0
 
 
 def test_roberta_s_positions_begin_behind_its_pad():

@@ -43,7 +43,7 @@ def as_number(answer, near=math.inf):
         if isinstance(answer, (bool, bytes)):
             return None
         if isinstance(answer, tuple) and len(answer) == 2 and all(type(part) is int for part in answer) and answer[1] >= 0:
-            thousands = answer[1] == 0 and abs(answer[0]) > 9 or 100 <= answer[1] <= 999  # 25,000 is (25, 0) to Python
+            thousands = answer[1] == 0 and answer[0] != 0 or 100 <= answer[1] <= 999  # 25,000 is (25, 0) to Python
             answer = f"{answer[0]},{answer[1]:03d}" if thousands else f"{answer[0]}.{answer[1]}"
         if isinstance(answer, str):
             answer = answer.replace("\N{MINUS SIGN}", "-")  # as pages print it
@@ -103,12 +103,19 @@ def function(answer, cases, hints=(), agree=None, praise="right"):
     for wrong, hint in hints:
         if all(map(agrees, given, results(wrong))):
             return say(False, hint)
-    kind = lambda thing: f"{type(thing).__name__} of {thing.dtype}" if hasattr(thing, "dtype") else type(thing).__name__
-    if all(agrees(result, expected, same) for result, (_, expected) in zip(given, cases)):
-        return say(False, f"the numbers are right; expected a {kind(cases[0][1])}, got a {kind(given[0])}")
     first = right.index(False)
+    wanted, got = kind(cases[first][1]), kind(given[first])
+    if wanted != got and all(agrees(result, expected, same) for result, (_, expected) in zip(given, cases)):
+        return say(False, f"the numbers are right; expected a {wanted}, got a {got}")
     arguments, expected = cases[first]
     say(False, f"for {', '.join(map(shown, arguments))}\n  expected {shown(expected)}\n  got      {shown(given[first])}")
+
+
+def kind(thing):
+    """What holds the numbers of an answer, in words: "Tensor of torch.float32", "tuple (list, list)"."""
+    if isinstance(thing, (tuple, list)) and any(hasattr(part, "dtype") or isinstance(part, (tuple, list)) for part in thing):
+        return f"{type(thing).__name__} ({', '.join(map(kind, thing))})"
+    return f"{type(thing).__name__} of {thing.dtype}" if hasattr(thing, "dtype") else type(thing).__name__
 
 
 def keeping(answer):
