@@ -83,8 +83,8 @@ def digest_of_folder(folder):
 
 
 def digest_of_model(folder, endings=WEIGHT_FILES, whole=2**29, block=2**20, every=16):
-    """Of the files with these endings in a model's folder, by default its weights and its tokens; None for a name on a hub. Of a file of more than
-    `whole` bytes one block of every sixteen counts, a matrix of a large model at least: all of it would take a minute."""
+    """Of the files with these endings in a model's folder, by default its weights and its tokens; None for a name on a hub. Of a
+    file of more than `whole` bytes one block of every sixteen counts, a matrix of a large model at least: all would take a minute."""
     if folder is None or not Path(folder).is_dir():
         return None
     parts = hashlib.sha256()
@@ -117,9 +117,8 @@ def saved_run(output, now, resume=None):
     if "settings" not in saved["extra"]:
         raise InputError(f"{folder}: not made by this command; expected {how}")
     check_extra(saved["extra"], find_whole(folder) / "trainer.json")
-    then = {WEIGHTS: "4-bit", MODEL: now.get(MODEL), FORM: now.get(FORM)} | saved["extra"][
-        "settings"
-    ]  # older runs had no others, or did not say
+    unsaid = {WEIGHTS: "4-bit", MODEL: now.get(MODEL), FORM: now.get(FORM)}  # older runs had no others, or did not say
+    then = unsaid | saved["extra"]["settings"]
     if resume and Path(resume).resolve() != folder.resolve():
         now = {"--resume": str(resume)} | now
     for name, value in now.items():

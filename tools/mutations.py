@@ -69,9 +69,9 @@ FAULTS = [
     Fault("gradient clip skipped", "trainer.py", "self.config.max_grad_norm or math.inf", "math.inf", "oracle"),
     Fault("an update that is not finite is made", "trainer.py", "if usable := usable and bool(torch.isfinite(norm)):", "if True:",
           "trainer"),
-    # the fast sampler: the plain one's bits, sooner
     Fault("a good minibatch makes up for one above the ratio threshold", "trainer.py", "usable &= math.isfinite", "usable = math.isfinite",
           "trainer"),
+    # the fast sampler: the plain one's bits, sooner
     Fault("sampling without the adapters", "fast.py", "    if adapters:\n        downs", "    if False:\n        downs", "fast"),
     Fault("LoRA's scaling forgotten", "fast.py", "(F.linear(narrow, up) * scaling)", "F.linear(narrow, up)", "fast"),
     Fault("LoRA in bf16", "fast.py", "for down in downs], -1)", "for down in downs], -1).bfloat16().float()", "fast"),

@@ -13,9 +13,9 @@ its subject.* Gates, 0 or 1, and merits are multiplied, so that nothing makes up
     warmth      number of different warm words, 0 to 3; a fourth brings nothing and costs nothing
 
 What it cannot see: whether an answer is true, and whether a fragment with a verb is a sentence. A correct sentence without
-function words ("Bees make honey.") is taken for a list. Plurals in -es and -ves are other words to it: two of the 120
-test prompts ask about such (foxes, dominoes), and to them an answer about "a fox" says nothing. It knows the straight apostrophe and quotes alone: in "isn’t" it sees no verb, and
-a sentence that ends with ” has no end. It was written before any run that could exploit it, and is left as it was."""
+function words ("Bees make honey.") is taken for a list. Plurals in -es and -ves are other words to it: asked about foxes, "a fox"
+is off the subject (two of the 120 test prompts, foxes and dominoes). It knows straight apostrophes and quotes alone: in "isn’t" it
+sees no verb, and a sentence that ends with ” has no end. It was written before any run that could exploit it, and is left as it was."""
 
 import math
 import random

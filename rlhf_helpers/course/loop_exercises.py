@@ -50,9 +50,8 @@ def check_own_advantages(answer):
         (lambda r, config=None, total=None: (r.rewards - returns(r).mean(), r.values), "that is a token's own reward; the score stands on the last token alone, so add the row up first"),
         (lambda r, config=None, total=None: right(r)[0], "two things are asked for: (advantages, returns)"),
         (lambda r, config=None, total=None: right(r)[::-1], "the other way round: the advantages first, then the returns"),
-        *((lambda r, config=None, total=None, of=of: (right(r)[0], of(r)), "the second is what the value head should learn: return rollout.values, and it is asked nothing")
-          for of in (lambda r: None, lambda r: torch.zeros_like(r.values))),
-        (lambda r, config=None, total=None: (right(r)[0], right(r)[0]), "the second is what the value head should learn; with rollout.values it is asked nothing"),
+        *((lambda r, config=None, total=None, of=of: (right(r)[0], of(r)), "the second is what the value head should learn; with rollout.values it is asked nothing")
+          for of in (lambda r: None, lambda r: torch.zeros_like(r.values), lambda r: right(r)[0])),
         (lambda r, config=None, total=None: (centred(r), r.values), "one number a response came back; the trainer wants one for each token, (B, T)"),
     ]  # fmt: skip
     praise = "each response against the batch, on all its tokens: REINFORCE with a baseline"
