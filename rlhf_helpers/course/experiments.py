@@ -121,10 +121,10 @@ COUNTING = {  # a proxy that never reads the prompt, with and without what is th
 }
 
 # The blind runs of notebook 09; the healthy one is a headline run. "labelled" is a reward model from 50 pairs.
+FREE = dict(init_kl_coef=0.0, kl_budget=None, gradient_accumulation_steps=1)
 CAPSTONE = {
-    "fifty_pairs_no_price": dict(
-        reward="labelled", settings=dict(init_kl_coef=0.0, kl_budget=None, gradient_accumulation_steps=1), steps=24
-    ),
+    "fifty_pairs_no_price": dict(reward="labelled", settings=FREE, steps=24),
+    "fifty_pairs_no_price_72": dict(reward="labelled", settings=FREE, steps=72, minutes=20),
     "score_on_the_first_token": dict(advantages="score_on_the_first_token", steps=20),
 }
 
