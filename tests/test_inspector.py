@@ -114,6 +114,12 @@ def test_text_cannot_break_out_of_the_page(stepped):
     assert data["frames"][0] == frame
 
 
+def test_a_signal_that_the_frames_have_not_is_one_sentence(stepped):
+    for signal in "KL", "likeliest":
+        with pytest.raises(InputError, match=f"signal = '{signal}'; expected one that the frames have: logprob, ref, kl"):
+            inspector.page(stepped[2], signal)
+
+
 def test_half_a_character_waits_for_its_other_half():
     """Tokens of a byte-level tokenizer may be parts of one."""
 

@@ -141,7 +141,8 @@ def load(file):
 
 
 def show(frames, signal="advantage"):
-    """Put the inspector on a notebook's page. `frames` is a frame or a list of them."""
+    """Put the inspector on a notebook's page. `frames` is a frame or a list of them; `signal`, a key of SIGNALS, is what the tokens are
+    coloured by at first. Raises InputError for a signal that the frames have not."""
     from IPython.display import HTML, display
 
     display(HTML(page(frames, signal)))
@@ -165,6 +166,8 @@ def page(frames, signal="advantage", linked=""):
     same word in `linked` move together."""
     frames = frames if isinstance(frames, list) else [frames]
     present = [name for name in SIGNALS if name in frames[0]["rows"][0]["numbers"]]
+    if signal not in present:
+        raise InputError(f"inspector: signal = {signal!r}; expected one that the frames have: {', '.join(present)}")
     data = dict(frames=frames, signals={name: SIGNALS[name] for name in present}, signal=signal)
     packed = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     name = "inspector-" + hashlib.sha1(packed.encode(), usedforsecurity=False).hexdigest()[:10]
