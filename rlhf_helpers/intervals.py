@@ -43,7 +43,8 @@ def shares(seeds, prompts, draws, seed):
 def two_level_interval(values, draws=DRAWS, seed=0):
     """(mean, (low, high)) of (seeds, prompts): both the seeds and the prompts are drawn anew, since both were chosen by chance and
     others would have given other numbers. (A crossed, or "pigeonhole", bootstrap: Owen 2007, arXiv:0712.1111.) Of fewer than six
-    seeds a bootstrap hardly leaves what they span; there its ends are moved out as Student's t is wider than the normal."""
+    seeds a bootstrap hardly leaves what they span; there its ends are moved out by Student's t over the normal, and by the root of
+    n / (n - 1), since the spread within n drawn seeds is too small by that."""
     values = np.asarray(values, dtype=float)
     seeds, prompts = values.shape
     of_seeds, of_prompts = shares(seeds, prompts, draws, seed)
