@@ -71,14 +71,15 @@ def test_what_is_listed_and_has_no_log_is_said_to_be_missing(home):
 def test_the_plane_has_a_dot_for_every_run_and_best_of_n_as_a_line(home):
     assert compare.plane("headline") is None
     write("headline", "frozen", 0), write("headline", "frozen", 1, kl=9.0)
-    assert compare.plane("headline").axes[0].get_legend() is None  # nothing to tell apart
+    legend_of = lambda figure: [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert legend_of(compare.plane("headline")) == ["best of n", "frozen"]
     write("dpo", "beta_1", 0, ["a", "a"], kl=1.0)
     axis = compare.plane("headline", "dpo", names={"frozen": "value head"}).axes[0]
     dots = {scatter.get_label(): scatter.get_offsets().tolist() for scatter in axis.collections}
     assert dots == {"value head": [[2.0, 2.0], [3.0, 2.0]], "beta_1": [[1.0, 0.0]]}
-    assert [text.get_text() for text in axis.texts] == ["untrained", "best of 2", "best of 4"]
+    assert [text.get_text() for text in axis.texts] == ["untrained", "n = 2", "n = 4"]
     assert len(axis.lines[0].get_xdata()) == 3
-    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["value head", "beta_1"]
+    assert legend_of(axis.figure) == ["best of n", "value head", "beta_1"]
     alone = compare.plane("dpo").axes[0].collections[0]  # a method has one colour and one shape, whatever stands beside it
     assert (alone.get_facecolor() == axis.collections[1].get_facecolor()).all()
     assert (alone.get_paths()[0].vertices == axis.collections[1].get_paths()[0].vertices).all()
@@ -88,7 +89,6 @@ def test_the_plane_has_a_dot_for_every_run_and_best_of_n_as_a_line(home):
     shaped = compare.plane(
         "headline", "dpo", names={"beta_1": "dear", "frozen": "free"}, shapes={"frozen": "slow", "beta_1": "fast"}
     )
-    legend = [text.get_text() for text in shaped.axes[0].get_legend().get_texts()]
-    assert legend == ["dear", "free", "fast", "slow"]  # colours in the order of names, then the shapes
+    assert legend_of(shaped) == ["best of n", "dear", "free", "fast", "slow"]  # colours in the order of names, then the shapes
     places = [scatter.get_offsets().tolist() for scatter in shaped.axes[0].collections if len(scatter.get_offsets())]
     assert places == [[[1.0, 0.0]], [[2.0, 2.0]], [[3.0, 2.0]]]

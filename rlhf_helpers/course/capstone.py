@@ -229,9 +229,8 @@ def curves(logs, width=4):
             ends.append((line[-1], len(line), name, colour))
         if title.startswith("KL"):
             axis.axhline(BUDGET, color=plots.GREY, linewidth=1, linestyle="--")
-            axis.annotate(
-                f"budget {BUDGET:g}", (1, BUDGET), (0, 3), textcoords="offset points", fontsize=plots.SMALL, color=plots.GREY
-            )
+            how = dict(xytext=(0, 3), textcoords="offset points", fontsize=plots.SMALL, color=plots.GREY)
+            plots.over_lines(axis.annotate(f"budget {BUDGET:g}", (1, BUDGET), **how))
         label_ends(axis, ends)
         axis.set_title(title, loc="left")
         axis.xaxis.get_major_locator().set_params(integer=True)

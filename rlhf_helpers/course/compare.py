@@ -132,11 +132,11 @@ def plane(*experiments, names=None, marks=None, shapes=None):
     sizes = [n for n in SIZES if n <= rewards.shape[1]]
     bound = [math.sqrt(math.log(n) - (n - 1) / n) for n in sizes]
     level = [chosen_of(rewards, gold, n).mean() for n in sizes]
-    axis.plot(bound, level, color=plots.GREY, marker="o", markersize=3, linewidth=1)
+    axis.plot(bound, level, color=plots.GREY, marker="o", markersize=3, linewidth=1, label="best of n")
     for n, x, y in zip(sizes, bound, level):
-        axis.annotate(
-            f"best of {n}" if n > 1 else "untrained", (x, y), (4, -9), textcoords="offset points", fontsize=8, color=plots.GREY
-        )
+        how = dict(xytext=(-6, 1), ha="right") if n > 1 else dict(xytext=(6, -4))  # left of the line there are no runs
+        words = f"n = {n}" if n > 1 else "untrained"
+        axis.annotate(words, (x, y), textcoords="offset points", fontsize=8, color=plots.GREY, **how)
     label = lambda log: (names or {}).get(log.head["condition"], log.head["condition"])
     conditions = by_condition(*experiments)
     order = list(dict.fromkeys([*listed(*(TOGETHER if set(experiments) <= set(TOGETHER) else experiments)), *conditions]))
@@ -169,6 +169,5 @@ def plane(*experiments, names=None, marks=None, shapes=None):
     ticks = [t for t in (0, 0.25, 1, 2, 4, 6, 9, 12, 16, 25, 36, 50, 100, 200) if t <= 1.2 * most + 1]
     axis.set_xticks([math.sqrt(t) for t in ticks], [f"{t:g}" for t in ticks])
     axis.tick_params(labelsize=8)
-    if len(labels) > 1 or names:
-        axis.legend(fontsize=9, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    axis.legend(fontsize=9, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure

@@ -227,7 +227,7 @@ def draw_limit(axis, limit):
     """A dashed line with its number at the left end, and room for it below the title."""
     axis.axhline(limit, color=GREY, linewidth=1, linestyle="--")
     axis.margins(y=0.15)
-    axis.text(0.01, limit, f"limit {limit:g}", fontsize=SMALL, color=GREY, va="bottom", transform=axis.get_yaxis_transform())
+    over_lines(axis.annotate(f"limit {limit:g}", (0.01, limit), xycoords=("axes fraction", "data"), fontsize=SMALL, color=GREY))
 
 
 def limits_of(config):
