@@ -185,7 +185,7 @@ QUESTIONS = {
             ("on the answer, if it guesses its score well", "Subtract an answer's own score, and nothing is left to learn from.", BASELINE),
         ),
         question(
-            "At a price of 0.1, how many nats rarer may a text be under the reference, for one point more, and still come as often as the other?", "C",
+            "One text scores one point more than another. At a price of 0.1, how many nats rarer may it be under the reference, and still be written as often as the other by the ideal policy?", "C",
             ("0.1", "The score is divided by the price: $e^{s/\\beta}$. Cheap KL buys many nats.", PRICE),
             ("1", "That is a price of 1: the exponent is the score over the price.", PRICE),
             ("10", "One point is a factor of $e^{1/0.1}$: ten nats.", PRICE),
