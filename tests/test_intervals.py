@@ -20,13 +20,8 @@ def test_a_share_of_all_or_none_has_an_interval_too():
     for hits in ([True] * 21, [False] * 8, [False] * 5, [True] * 3 + [False] * 9):
         share, ends = share_interval(hits)
         at_the_ends = [abs(share - end) / (end * (1 - end) / len(hits)) ** 0.5 for end in ends if 1e-9 < end < 1 - 1e-9]
-        assert (
-            0 <= ends[0] <= share <= ends[1] + 1e-12
-            and ends[1] <= 1
-            and share == np.mean(hits)
-            and len(at_the_ends) >= 1
-            and at_the_ends == pytest.approx([1.96] * len(at_the_ends))
-        )
+        assert share == np.mean(hits) and 0 <= ends[0] <= share <= ends[1] + 1e-12 and ends[1] <= 1
+        assert len(at_the_ends) >= 1 and at_the_ends == pytest.approx([1.96] * len(at_the_ends))
 
 
 def test_it_covers_the_true_mean_about_as_often_as_it_says():

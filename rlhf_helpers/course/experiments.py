@@ -120,7 +120,8 @@ COUNTING = {  # a proxy that never reads the prompt, with and without what is th
     "no_price": dict(reward="warm_words", settings=dict(init_kl_coef=0.0, kl_budget=None), steps=48, minutes=9),
 }
 
-# The blind runs of notebook 09; the healthy one is a headline run. "labelled" is a reward model from 50 pairs.
+# The blind runs of notebook 09 (the healthy one is a headline run), and one of them three times as long. "labelled" is a reward
+# model from 50 pairs.
 FREE = dict(init_kl_coef=0.0, kl_budget=None, gradient_accumulation_steps=1)
 CAPSTONE = {
     "fifty_pairs_no_price": dict(reward="labelled", settings=FREE, steps=24),
