@@ -104,22 +104,23 @@ def test_every_job_that_installs_keeps_the_packages_and_every_job_that_loads_mod
 
 def test_the_memory_that_the_devcontainer_asks_for_holds_the_largest_notebook_and_what_it_starts():
     """The README's column is what `tools/run_notebooks.py` prints; notebook 06 prints what the processes take that it starts, and
-    the README says what was counted of all of them together. A gigabyte and a half is left for JupyterLab, an editor and the system."""
+    docs/systems.md says what was counted of all of them together. A gigabyte and a half is left for JupyterLab, an editor and the system."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     column = {number: float(size) for number, size in re.findall(r"^\| \[(\d\d) .*?\| ([\d.]+) GB \|", readme, re.MULTILINE)}
     cells = json.loads((ROOT / "notebooks/06_trl_and_scaling.ipynb").read_text(encoding="utf-8"))["cells"]
     tables = ["".join(out["data"]["text/plain"]) for cell in cells for out in cell.get("outputs", []) if "data" in out]
     (table,) = (table for table in tables if "peak memory, MB" in table)
     started = max(float(line.split()[-1]) for line in table.splitlines()[1:]) / 1000
-    together = float(re.search(r"([\d.]+) GB in all", readme)[1])
+    systems = (ROOT / "docs" / "systems.md").read_text(encoding="utf-8")
+    together = float(re.search(r"([\d.]+) GB in all", systems)[1])
     largest = max(*column.values(), column["06"] + started, together)
     asked = DEVCONTAINER["hostRequirements"]
     assert len(column) >= 8 and largest + 1.5 < float(asked["memory"].removesuffix("gb")) and asked["cpus"] == 2
 
 
-def test_the_readme_tells_what_was_tried_on_the_systems_of_the_workflows():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = readme[readme.index("| system | what was run | when |") :].partition("\n\n")[0]
+def test_the_page_of_systems_tells_what_was_tried_on_those_of_the_workflows():
+    page = (ROOT / "docs" / "systems.md").read_text(encoding="utf-8")
+    table = page[page.index("| system | what was run | when |") :].partition("\n\n")[0]
     rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()[2:]]
     assert all(re.fullmatch(r"untried|at every change|\d{4}-\d\d-\d\d", when) for _, _, when in rows)
     assert [row for row in rows if row[1].startswith("untried") != (row[2] == "untried")] == []

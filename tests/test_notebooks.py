@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PAGES = [
     *NOTEBOOKS,
+    *sorted((ROOT / "docs").glob("*.md")),
     *(
         ROOT / page
         for page in ("README.md", "CONTRIBUTING.md", "GLOSSARY.md", "data/README.md", "benchmarks/README.md", "tests/README.md")

@@ -44,7 +44,7 @@ def test_all_extras_resolve_to_wheels(system, python):
 
 @pytest.mark.parametrize("system", WITHOUT_TORCH)
 def test_where_pytorch_has_no_wheel_the_course_cannot_be_installed(system):
-    """So that the README says so for as long as it is true."""
+    """So that docs/systems.md says so for as long as it is true."""
     done = resolve("3.12", WITHOUT_TORCH[system])
     assert done.returncode != 0 and re.search(r"torch==\S+ has no wheels with a matching platform", done.stderr)
-    assert system in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert system in (ROOT / "docs" / "systems.md").read_text(encoding="utf-8")

@@ -58,6 +58,8 @@ def test_every_page_is_there_and_the_contents_lead_to_each(pages):
         "GLOSSARY.html",
         "docs/experiments.html",
         "docs/larger.html",
+        "docs/script.html",
+        "docs/systems.html",
         "data/README.html",
         "benchmarks/README.html",
     }

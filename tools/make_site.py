@@ -38,6 +38,8 @@ OTHERS = {  # pages besides the notebooks: (name in the bar, what the contents p
     "GLOSSARY.md": ("Glossary", "one name for one thing"),
     "docs/experiments.md": ("Experiments", "every run, what was tried and dropped, and what has not been made"),
     "docs/inspector.html": ("Inspector", "two recorded runs, token by token, to be touched"),
+    "docs/script.md": ("Script", "the main job: its files, how it goes on, several processes"),
+    "docs/systems.md": ("Systems", "sizes and versions, and what was run where"),
     "docs/larger.md": ("Larger than one card", "the base model in slices over several cards: memory, and where this ends"),
     "data/README.md": ("Data", "the preference pairs, and the rule that made them"),
     "benchmarks/README.md": ("Benchmarks", "seconds and memory, and how they were measured"),
