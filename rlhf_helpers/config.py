@@ -87,6 +87,14 @@ class PPOConfig:
         None, "objective/kl per response, mean of 4 steps, past which train() ends (Gao et al. 2023)"
     )
 
+    def __new__(cls, *_, **settings):
+        for name, value in settings.items():
+            if name not in cls.__dataclass_fields__:
+                raise InputError(
+                    f"PPOConfig has no setting {name} (given as {value!r:.80}); expected one of {', '.join(cls.__dataclass_fields__)}"
+                )
+        return super().__new__(cls)
+
     def __post_init__(self):
         def need(name, ok, expected):
             if not ok(getattr(self, name)):

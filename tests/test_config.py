@@ -85,6 +85,12 @@ def test_a_bad_value_is_refused_with_the_field_and_the_value(name, value):
     assert f"PPOConfig.{name} is {value!r}; expected " in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["model_name", "use_score_scaling", "batchsize"])  # TRL 0.11 had the first two
+def test_a_setting_that_there_is_not_is_refused_with_those_that_there_are(name):
+    with pytest.raises(InputError, match=f"^PPOConfig has no setting {name} .*; expected one of batch_size, mini_batch_size, "):
+        PPOConfig(batch_size=8, mini_batch_size=8, **{name: 1})
+
+
 OTHER_TYPES = ["0.5", "false", True, np.float64(0.5), np.int64(1), np.float32(0.5), [1], b"1", 1 + 0j]
 
 

@@ -120,6 +120,12 @@ def test_a_signal_that_the_frames_have_not_is_one_sentence(stepped):
             inspector.page(stepped[2], signal)
 
 
+def test_nothing_to_show_is_one_sentence(stepped):
+    for frames in [], [stepped[2], dict(label="", rows=[])]:
+        with pytest.raises(InputError, match="inspector: no responses to show; expected a frame with one at least"):
+            inspector.page(frames)
+
+
 def test_half_a_character_waits_for_its_other_half():
     """Tokens of a byte-level tokenizer may be parts of one."""
 

@@ -165,6 +165,8 @@ def page(frames, signal="advantage", linked=""):
     """The inspector of one frame or several as HTML: one <div>, with its style, its script and its data. All on a page that have the
     same word in `linked` move together."""
     frames = frames if isinstance(frames, list) else [frames]
+    if not frames or not all(frame["rows"] for frame in frames):
+        raise InputError("inspector: no responses to show; expected a frame with one at least")
     present = [name for name in SIGNALS if name in frames[0]["rows"][0]["numbers"]]
     if signal not in present:
         raise InputError(f"inspector: signal = {signal!r}; expected one that the frames have: {', '.join(present)}")
