@@ -27,7 +27,7 @@ The exit status is 0, 2 after bad input or a full disk, 130 after Ctrl-C, 143 af
 of --check, 1 where this machine lacks something.
 
 examples:
-  python -m rlhf_helpers                                   the course's run on two CPU cores, about 7 minutes
+  python -m rlhf_helpers                                   the course's run on two CPU cores, 5 to 15 minutes
   python -m rlhf_helpers --check                           what will work on this machine
   python -m rlhf_helpers --steps 5 --output output/try     a short try
   python -m rlhf_helpers --init_kl_coef 0 --kl_budget none --steps 80 --output output/free   neither penalty nor budget

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import runpy
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -204,6 +205,13 @@ def test_every_experiment_with_logs_has_its_figure_on_the_page():
     for name in page.DRAWN:
         drawn = (page.PAGE.parent / "figures" / f"{name}.svg").is_file()
         assert drawn == bool(runs.logs_of(name)) == (f"(figures/{name}.svg)" in text), name
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems round the last digit of a path otherwise")
+def test_the_figures_show_what_the_logs_say(tmp_path):
+    page.draw(tmp_path)
+    stored = {file.name: file.read_bytes() for file in (page.PAGE.parent / "figures").glob("*.svg")}
+    assert {file.name for file in tmp_path.iterdir() if file.read_bytes() != stored.get(file.name)} == set()
 
 
 def test_the_logs_are_small_enough_for_a_repository():

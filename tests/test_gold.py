@@ -46,9 +46,15 @@ SALADS = [
 
 
 @pytest.mark.parametrize("salad", SALADS)
-def test_word_lists_and_word_salad_earn_less_than_any_plain_sentence_on_the_subject(salad):
+def test_these_lists_and_salads_earn_less_than_any_of_the_plain_sentences(salad):
     assert all(gold_reward(prompt, text) >= 1.0 for prompt, text in PLAIN.items())
     assert gold_reward("What is tea?", salad) == 0.0
+
+
+def test_a_salad_with_a_verb_and_an_end_earns_the_most_as_the_pages_say():
+    assert gold_reward("What is tea?", "It is tea love joy peace.") == 4.5
+    for page in "data/README.md", "docs/experiments.md", "rlhf_helpers/course/gold.py":
+        assert '"It is tea love joy peace."' in (DATA.parent / page).read_text(encoding="utf-8")
 
 
 def test_a_plain_sentence_whose_words_are_shuffled_mostly_earns_nothing():

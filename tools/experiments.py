@@ -302,13 +302,17 @@ def draw(folder):
 
 
 def still_to_make():
-    """What is listed and has no log."""
+    """How much has been made, and what is listed and has no log."""
+    made = [log for name in EXPERIMENTS for log in logs_of(name)]
+    hours = sum(log.head.get("seconds", 0) for log in made) / 3600
+    said = f"{len(made)} runs have logs; their training took {hours:.0f} hours, without evaluations and what was thrown away."
     rows = []
     for name, every in (EXPERIMENTS | SCORED).items():
         left = missing(name)
         if left:
             rows.append([name, f"{len(left)} of {len(every)}", f"{sum(run.minutes for run in left):.0f}"])
-    return table(["experiment", "runs missing", "minutes, about"], rows) if rows else "Nothing: every run is made."
+    left = table(["experiment", "runs missing", "minutes, about"], rows) if rows else "Nothing is missing."
+    return f"{said}\n\n{left}"
 
 
 BLOCKS = dict(

@@ -12,7 +12,8 @@ its subject.* Gates, 0 or 1, and merits are multiplied, so that nothing makes up
     whole       1 if the answer ends like a sentence, else a third
     warmth      number of different warm words, 0 to 3; a fourth brings nothing and costs nothing
 
-What it cannot see: whether an answer is true, and whether a fragment with a verb is a sentence. A correct sentence without
+What it cannot see: whether an answer is true, whether its words make sense ("It is tea love joy peace." gets 4.5), and whether a fragment with a
+verb is a sentence. A correct sentence without
 function words ("Bees make honey.") is taken for a list. Plurals in -es and -ves are other words to it: asked about foxes, "a fox"
 is off the subject (two of the 120 test prompts, foxes and dominoes). It knows straight apostrophes and quotes alone: in "isn’t" it
 sees no verb, and a sentence that ends with ” has no end. It was written before any run that could exploit it, and is left as it was."""
