@@ -9,7 +9,7 @@ import torch
 from matplotlib.image import imread
 
 from rlhf_helpers.config import CPU
-from rlhf_helpers.course import plots
+from rlhf_helpers.course import plots, run_figures
 from rlhf_helpers.stats import as_array
 from tests import tiny
 from tests.tiny import batch, with_lora
@@ -140,13 +140,13 @@ def test_limits_are_drawn_where_the_run_has_them(trainer):
 
 @pytest.mark.parametrize("make", ["curves", "changes", "histograms", "before_after", "over_steps", "bars"])
 def test_no_legend_lies_on_the_data(trainer, make):
-    rows = [{"proxy": 1.0}, {"proxy": 3.0}]
+    rows = [{"proxy": 1.0, "gold": 0.0}, {"proxy": 3.0, "gold": 1.0}]
     figure = {
         "curves": lambda: plots.training_curves({"one": trainer.history, "two": trainer.history}, title="Two runs"),
         "changes": lambda: plots.logprob_changes(np.linspace(-2, 2, 80), np.zeros(80), np.linspace(-1, 1, 80)),
         "histograms": lambda: plots.histograms({"before": [0.0, 1.0], "after": [2.0, 4.0]}, "score"),
         "before_after": lambda: plots.before_after({"reward": ([0.0, 1.0], [1.0, 0.5]), "gold": ([0.0, 2.0], [1.0, 2.5])}),
-        "over_steps": lambda: plots.over_steps({"a": [rows], "b": [rows]}, {"proxy": "proxy"}),
+        "over_steps": lambda: run_figures.over_steps({"a": [rows], "b": [rows]}, {"proxy": "proxy", "gold": "gold"}),
         "bars": lambda: plots.stacked_bars(pd.DataFrame({"x": [1.0, 2.0], "y": [2.0, 1.0]}, index=["a", "b"]), "MB"),
     }[make]()
     figure.canvas.draw()
@@ -197,16 +197,6 @@ def test_live_curves_draw_the_first_step_at_once_and_the_last_state_at_the_end(t
 
 def test_a_running_mean_counts_what_is_there():
     assert np.allclose(plots.running_mean([4.0, 0.0, 2.0, 6.0], width=3), [4, 2, 2, 8 / 3])
-
-
-def test_runs_of_a_group_are_thin_lines_and_their_mean_a_thick_one():
-    runs = [[{"proxy": 1.0}, {"proxy": 3.0}], [{"proxy": 3.0}, {"proxy": 5.0}, {"proxy": 9.0}]]
-    figure = plots.over_steps({"two runs": runs, "one run": runs[:1]}, {"proxy": "proxy"}, width=1)
-    *thin, mean = figure.axes[0].lines[:3]
-    assert [line.get_ydata().tolist() for line in thin] == [[1, 3], [3, 5, 9]]
-    assert mean.get_ydata().tolist() == [2, 4] and mean.get_xdata().tolist() == [1, 2]
-    assert mean.get_linewidth() > max(line.get_linewidth() for line in thin)
-    assert figure.axes[1].lines[0].get_ydata().tolist() == [1, 3]
 
 
 def test_the_frontier_has_a_panel_a_group_with_the_ends_of_its_runs_and_the_budgets():

@@ -54,7 +54,7 @@ def test_the_curves_of_gao_end_where_their_points_end():
 def test_what_is_paid_and_what_is_wanted_are_two_panels_with_a_line_a_run():
     prompt, texts = "Say something about tea.", ["Tea is nice.", "Tea is a thing.", "Rain is nice."]
     step = lambda score, text: dict(scores=[score], prompts=[prompt], texts=[text])
-    log = lambda *scores: Log(dict(condition="x"), list(map(step, scores, texts)), {})
+    log = lambda *scores: Log(dict(condition="x", seed=len(scores)), list(map(step, scores, texts)), {})
     paid, wanted = run_figures.paid_and_wanted(
         {"frozen": [log(1.0, 3.0)], "no_price": [log(2.0, 4.0, 6.0), log(0.0, 0.0)]}, width=2
     ).axes
@@ -65,3 +65,15 @@ def test_what_is_paid_and_what_is_wanted_are_two_panels_with_a_line_a_run():
     colours = [line.get_color() for line in paid.get_lines()[:3]]
     assert colours == [run_figures.BLUE, run_figures.RED, run_figures.RED]
     assert [text.get_text() for text in paid.get_legend().get_texts()] == ["frozen", "no price"]
+    assert [text.get_text() for text in paid.texts] == [" seed 3"]  # of the longest run
+
+
+def test_runs_of_a_group_are_thin_lines_and_their_mean_a_thick_one():
+    runs = [[{"proxy": 1.0}, {"proxy": 3.0}], [{"proxy": 3.0}, {"proxy": 5.0}, {"proxy": 9.0}]]
+    figure = run_figures.over_steps({"two runs": runs, "one run": runs[:1]}, {"proxy": "proxy"}, width=1)
+    *thin, mean = figure.axes[0].lines[:3]
+    assert [line.get_ydata().tolist() for line in thin] == [[1, 3], [3, 5, 9]]
+    assert mean.get_ydata().tolist() == [2, 4] and mean.get_xdata().tolist() == [1, 2]
+    assert mean.get_linewidth() > max(line.get_linewidth() for line in thin)
+    assert figure.axes[1].lines[0].get_ydata().tolist() == [1, 3]
+    assert figure.axes[0].get_ylabel() == "proxy" and not figure.legends and "thick: the mean" in figure.get_supxlabel()

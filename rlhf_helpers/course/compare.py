@@ -6,7 +6,7 @@ import math
 import numpy as np
 
 from rlhf_helpers.course import plots
-from rlhf_helpers.course.experiments import EXPERIMENTS
+from rlhf_helpers.course.experiments import EXPERIMENTS, missing
 from rlhf_helpers.course.gold import is_whole
 from rlhf_helpers.course.runs import logs_of
 from rlhf_helpers.evaluation import chosen_of
@@ -101,9 +101,9 @@ def rows(*experiments):
 
 
 def not_made(*experiments):
-    """What is listed in the experiments and has no log yet: the names of the conditions."""
-    made = by_condition(*experiments)
-    return [condition for condition in listed(*experiments) if condition not in made]
+    """How many runs of the experiments are listed and have no log yet: {experiment: "12 of 30 runs"}."""
+    left = {name: len(missing(name)) for name in experiments}
+    return {name: f"{count} of {len(EXPERIMENTS[name])} runs" for name, count in left.items() if count}
 
 
 # ---------------------------------------------------------------- the figure

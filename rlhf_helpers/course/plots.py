@@ -335,26 +335,6 @@ def running_mean(numbers, width=4):
     return (sums[1:] - sums[np.maximum(ends - width, 0)]) / np.minimum(ends, width)
 
 
-def over_steps(groups, curves, width=4):
-    """Several series over the steps of several runs: {name: [run, run, ...]}, a panel a group. Each run is a thin line (running
-    mean of `width` steps), the mean of all runs a thick one. `curves` is {key of a row: label}."""
-    figure, axes = new_figure(1, len(groups), size=(min(10, max(7.6, 3.2 * len(groups))), 3.2), sharey=True)
-    for axis, (name, runs) in zip(axes[0], groups.items()):
-        for (colour, style), (key, label) in zip(((BLUE, "-"), (RED, "--"), (GREEN, ":")), curves.items()):
-            lines = [running_mean([row[key] for row in run], width) for run in runs]
-            for line in lines if len(lines) > 1 else []:
-                axis.plot(range(1, len(line) + 1), line, color=colour, linewidth=0.8, alpha=0.6, linestyle=style)
-            mean = np.mean([line[: min(map(len, lines))] for line in lines], axis=0)
-            axis.plot(range(1, len(mean) + 1), mean, color=colour, linewidth=2.2, linestyle=style, label=label)
-        axis.set_title(name)
-        axis.axhline(0, color="black", linewidth=0.5)
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.set_xlabel("step")
-    axes[0, 0].set_ylabel(f"mean of the last {width} steps" if width > 1 else "")
-    legend(figure)
-    return figure
-
-
 def frontier(groups, x="kl", y="gold", labels=("KL (nats a response)", "gold"), width=4, budgets=()):
     """The paths of several runs, {name: [run, run, ...]}, over the plane of KL and gold: a panel a group, all on the same axes and
     over the pale paths of all others, running means of `width` steps, with a mark where each run ends and a line at each of

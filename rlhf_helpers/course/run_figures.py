@@ -3,7 +3,19 @@
 
 import numpy as np
 
-from rlhf_helpers.course.plots import BLUE, GREY, ORANGE, RED, SMALL, draw_limit, legend, new_figure, over_lines, running_mean
+from rlhf_helpers.course.plots import (
+    BLUE,
+    GREY,
+    ORANGE,
+    RED,
+    SMALL,
+    TEXT,
+    draw_limit,
+    legend,
+    new_figure,
+    over_lines,
+    running_mean,
+)
 from rlhf_helpers.intervals import quantiles
 
 COLOURS = (RED, ORANGE)
@@ -38,8 +50,33 @@ def of_seeds(runs, curves, limits=None, named=(), width=4):
     return figure
 
 
+def over_steps(groups, curves, width=4):
+    """Several series over the steps of several runs: {name: [run, run, ...]}, a panel a group. Each run is a thin line (running
+    mean of `width` steps), the mean of all runs a thick one, up to the step at which the first ends. `curves` is {key of a row: label}."""
+    figure, axes = new_figure(1, len(groups), size=(min(10, max(7.6, 3.2 * len(groups))), 3.2), sharey=True)
+    for axis, (name, runs) in zip(axes[0], groups.items()):
+        for (colour, style), (key, label) in zip(((BLUE, "-"), (RED, "--"), (ORANGE, ":")), curves.items()):
+            lines = [running_mean([row[key] for row in run], width) for run in runs]
+            for line in lines if len(lines) > 1 else []:
+                axis.plot(range(1, len(line) + 1), line, color=colour, linewidth=0.8, alpha=0.6, linestyle=style)
+            mean = np.mean([line[: min(map(len, lines))] for line in lines], axis=0)
+            axis.plot(range(1, len(mean) + 1), mean, color=colour, linewidth=2.2, linestyle=style, label=label)
+        axis.set_title(name)
+        axis.axhline(0, color="black", linewidth=0.5)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    thick = "; thin: one run, thick: the mean, until the first ends" if max(map(len, groups.values())) > 1 else ""
+    figure.supxlabel("step" + (f" (means of the last {width})" if width > 1 else "") + thick, fontsize=TEXT)
+    if len(curves) > 1:
+        legend(figure)
+    else:
+        axes[0, 0].set_ylabel(label)
+    return figure
+
+
 def paid_and_wanted(groups, width=4):
-    """Two panels, what is paid (the score) and what is wanted (the gold), over the steps, means of `width`: {name: logs}, a line a run."""
+    """Two panels, what is paid (the score) and what is wanted (the gold), over the steps, means of `width`: {name: logs}, a line a run.
+    The longest runs have their seed at the end of their score."""
+    longest = max(len(log.steps) for logs in groups.values() for log in logs)
     figure, axes = new_figure(1, 2, size=(8, 2.9))
     for axis, key, title in zip(axes[0], ("score", "gold"), ("score: what is paid", "gold: what is wanted")):
         for place, (name, logs) in enumerate(groups.items()):
@@ -48,6 +85,12 @@ def paid_and_wanted(groups, width=4):
                 line = running_mean(log.course_of(key), width)
                 label = None if number else name.replace("_", " ")
                 axis.plot(range(1, len(line) + 1), line, style, color=colour, linewidth=1.4, label=label)
+                if key == "score" and len(line) == longest:
+                    over_lines(
+                        axis.annotate(
+                            f" seed {log.head['seed']}", (longest, line[-1]), color=colour, fontsize=SMALL, va="center"
+                        )
+                    )
         axis.axhline(0, color="black", linewidth=0.5)
         axis.set(title=title, xlabel=f"step; means of {width}")
     axes[0, 0].legend(frameon=False, fontsize=SMALL)
