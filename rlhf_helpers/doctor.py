@@ -53,7 +53,7 @@ class Run:
         self.history, self.texts = history, list(texts)
 
     def series(self, key):
-        return [row[key] for row in self.history if key in row and row[key] == row[key]]  # without NaN
+        return [row[key] for row in self.history if row.get(key) is not None and row[key] == row[key]]  # without NaN
 
     def first(self, key, n=RECENT):
         return mean(self.series(key)[:n] or [0.0])
@@ -106,7 +106,7 @@ def not_a_number(run):
 
 
 def kl_at_start(run):
-    kl = run.history[0].get("objective/kl", 0.0)
+    kl = run.history[0].get("objective/kl") or 0.0
     if run.history[0].get("step") == 1 and abs(kl) > 1e-3:
         return f"KL is {kl:+.4f} at the first step, before anything was learnt"
 

@@ -1,6 +1,8 @@
 """Held-out evaluation: the same prompts before and after training, each time from the same seed, and what changed."""
 
 import math
+import sys
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +12,7 @@ from accelerate.utils import gather_object
 from rlhf_helpers import progress
 from rlhf_helpers.course.gold import distinct2, gold_reward, is_whole
 from rlhf_helpers.errors import InputError
-from rlhf_helpers.files import shown
+from rlhf_helpers.files import is_whole_unicode, shown
 from rlhf_helpers.intervals import mean_interval
 from rlhf_helpers.machine import peak_megabytes
 from rlhf_helpers.rollout import checked_scores, gae_advantages, is_list
@@ -65,11 +67,14 @@ class Evaluation:
         for number, record in enumerate(records, start=1):
             for name, kind in COLUMNS.items():
                 found = record.get(name) if isinstance(record, dict) else None
-                if not isinstance(found, kind) or isinstance(found, bool):
+                fits = isinstance(found, kind) and not isinstance(found, bool)
+                if not fits or not (is_whole_unicode(found) if kind is str else abs(found) <= sys.float_info.max):
                     raise InputError(
-                        f"sample {number}: {name} is {shown(found)}; expected {'text' if kind is str else 'a number'}"
+                        f"sample {number}: {name} is {shown(found)}; expected {'text' if kind is str else 'a finite number'}"
                     )
         prompts, responses, *numbers = ([record[name] for record in records] for name in COLUMNS)
+        if len(counts := set(Counter(prompts).values())) > 1:
+            raise InputError(f"{min(counts)} to {max(counts)} samples a prompt; expected as many of each")
         return cls(prompts, responses, *map(np.asarray, numbers))
 
 

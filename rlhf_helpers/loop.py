@@ -13,7 +13,8 @@ from rlhf_helpers.stats import Clock
 
 
 class Loop:
-    """The part of `trainer.PPOTrainer` that is not PPO. It has no state of its own: all is made in `PPOTrainer.__init__`."""
+    """The part of `trainer.PPOTrainer` that is not PPO. Its state is made in `PPOTrainer.__init__`, but for `unpacked`, made at first
+    use; and each response carries how it was drawn (`sampling.Drawn`), which `step` compares."""
 
     # ------------------------------------------------------------ generate
 
@@ -26,11 +27,12 @@ class Loop:
         kwargs = dict(eos_token_id=self.eos_ids, pad_token_id=self.tokenizer.pad_token_id) | kwargs
         text, asked = self.model.config.get_text_config(), (max_new_tokens, batch_size, temperature, greedy)
         queries, batches, how, greedy = checked_call(queries, self.config, text, *asked, **kwargs)
-        responses, weights = [], None if reference else self._weights()
-        with sampling.reader_of(self.model, reference and (self.ref_model or True), self._fast_way()) as (lm, reader):
-            show = len(batches) > 8 and self.accelerator.is_main_process
-            for rows in progress.track(batches, "sampling", "batches", show):
-                drawn = sampling.sample(lm, rows, *how, generator or self.generator, greedy, reader)
+        responses, weights, length = [], None if reference else self._weights(), how[0]
+        bar = progress.bar(length * len(batches), "sampling", "tokens", len(queries) > 16 and self.accelerator.is_main_process)
+        with bar, sampling.reader_of(self.model, reference and (self.ref_model or True), self._fast_way()) as (lm, reader):
+            for number, rows in enumerate(batches, 1):
+                drawn = sampling.sample(lm, rows, *how, generator or self.generator, greedy, reader, bar.update)
+                bar.update(length * number - bar.n)  # all of them may have ended before
                 responses += drawn.responses
                 for query, response, logprobs, hidden in zip(rows, drawn.responses, drawn.logprobs, drawn.hidden):
                     response.drawn = Drawn(query.clone(), response.clone(), logprobs, hidden, how[-1], weights)
@@ -62,10 +64,10 @@ class Loop:
     # ------------------------------------------------------------ train
 
     def train(self, prompts, reward_fn, steps=None, on_step=None):
-        """`steps` more PPO steps (by default what one pass takes with a response a prompt), fewer if the KL budget is spent.
-        `reward_fn(prompts, responses)` takes two lists of str and returns a number for each; `on_step(trainer, stats)` is called
-        after every step. Returns the history. Ctrl-C, or a notebook's stop button, is heard after a whole step (`interrupts.Interrupted`);
-        the next call goes on from there."""
+        """`steps` more PPO steps (by default what one pass takes with a response a prompt), fewer if the KL
+        budget is spent. `reward_fn(prompts, responses)` takes two lists of str and returns a number for each;
+        `on_step(trainer, stats)` is called after every step. Returns the history. Ctrl-C, or a notebook's stop
+        button, is heard after a whole step (`interrupts.Interrupted`); the next call goes on from there."""
         parts.check_loop(steps, reward_fn, on_step)
         prompts, queries = self.encode(prompts)
         once = max(1, len(prompts) // (self.config.batch_size * self.accelerator.num_processes))
@@ -92,7 +94,7 @@ class Loop:
                 done.update()
                 if on_step:
                     on_step(self, stats)
-                asked.signum = self._largest(asked.signum or 0) or None  # one process is asked, and all stop at the same step
+                asked.signum = self._largest(asked.signum or 0) or None  # one process is asked, and all stop
                 asked.check()
         return self.history
 

@@ -152,13 +152,16 @@ def load_causal_lm(model, quantize=True, dtype=None, to_shard=False):
     folder = resolve(model)
     gc.collect()  # a trainer holds itself in a ring: one that was deleted keeps its model in memory until somebody looks
     with usable(model):
-        lm = AutoModelForCausalLM.from_pretrained(
+        lm, info = AutoModelForCausalLM.from_pretrained(
             folder,
+            output_loading_info=True,
             dtype=dtype,
             quantization_config=quantization_config(dtype, STORAGE if to_shard else torch.uint8) if quantize else None,
             device_map={"": "cpu" if to_shard else device},
             attn_implementation="eager" if device.type == "cpu" else "sdpa",  # measured: eager trains faster on two cores
         )
+        if info["missing_keys"]:  # transformers would fill them with random numbers
+            raise ValueError(f"no weights for {sorted(info['missing_keys'])[0]}")
     if getattr(lm, "_hf_peft_config_loaded", False):  # transformers has put the adapters of a hub onto their base
         refuse_adapters(model)
     keep_gradients(lm)

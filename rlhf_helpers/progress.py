@@ -7,20 +7,24 @@ import time
 from tqdm import tqdm
 
 EVERY = 5  # seconds between two lines where there is no terminal; what takes less says nothing
+SPEAKING = []  # the bar of a `with` that speaks: what is inside of it is a part of it, and silent
 
 
 def track(items, what, unit="it", show=True):
-    """The items of a list, one after the other, with a bar."""
-    with bar(len(items), what, unit, show) as progress:
+    """The items of a list, one after the other, with a bar; what happens between two of them may have bars of its own."""
+    progress = bar(len(items), what, unit, show)
+    try:
         for item in items:
             yield item
             progress.update()
+    finally:
+        progress.close()
 
 
 def bar(total, what, unit="it", show=True):
     """A bar of `total` units, to be used in a `with`; `update(n, note)` says that n more are done. With `show=False`, as in all
-    processes but the main one, it is silent."""
-    if not show:
+    processes but the main one, it is silent, and in the `with` of another bar, too."""
+    if not show or SPEAKING:
         return Bar(total, what, unit)
     if in_notebook():
         return NotebookBar(total, what, unit)
@@ -66,7 +70,19 @@ class Bar:
         pass
 
 
-class TerminalBar(Bar):
+class Speaking(Bar):
+    """One that says something."""
+
+    def __enter__(self):
+        SPEAKING.append(self)
+        return self
+
+    def __exit__(self, *error):
+        SPEAKING.remove(self)
+        self.close()
+
+
+class TerminalBar(Speaking):
     """tqdm's bar on stderr, gone when it is done."""
 
     def __init__(self, total, what, unit):
@@ -81,7 +97,7 @@ class TerminalBar(Bar):
         self.tqdm.close()
 
 
-class NotebookBar(Bar):
+class NotebookBar(Speaking):
     """One output of the cell, drawn anew in place. What stays in the notebook is the last line, without times."""
 
     def __init__(self, total, what, unit):
@@ -97,7 +113,7 @@ class NotebookBar(Bar):
         self.handle.update({"text/plain": self.line()}, raw=True)
 
 
-class Lines(Bar):
+class Lines(Speaking):
     """A plain line on stdout, each time that five seconds and a tenth of the whole have passed since the one before."""
 
     def __init__(self, total, what, unit):

@@ -168,9 +168,11 @@ def padded(notes, device):
 
 
 @torch.no_grad()
-def sample(lm, queries, max_new_tokens, eos_id, pad_id, temperature=1.0, generator=None, greedy=False, reader=None):
+def sample(lm, queries, max_new_tokens, eos_id, pad_id, temperature=1.0, generator=None, greedy=False, reader=None,
+           each_token=lambda: None):  # fmt: skip
     """Samples for `queries`, a list of 1-D LongTensors: up to `max_new_tokens` each, cut after the first EOS (one id or
-    several), which stays. `reader(n)` makes what reads up to n tokens a row, by default `Plain(lm)`."""
+    several), which stays. `reader(n)` makes what reads up to n tokens a row, by default `Plain(lm)`; `each_token` is called
+    after each."""
     device = lm.get_input_embeddings().weight.device
     ends = torch.tensor(end_ids(eos_id), device=device)
     reader = reader(max(map(len, queries)) + max_new_tokens) if reader else Plain(lm, device)
@@ -188,6 +190,7 @@ def sample(lm, queries, max_new_tokens, eos_id, pad_id, temperature=1.0, generat
             )
         drawn = logits.argmax(-1, keepdim=True) if greedy else draw(logits, generator)
         written.append((torch.where(ended, -1, drawn), -nll(logits, drawn), hidden[: len(queries), None]))  # -1: after the end
+        each_token()
         drawn = torch.where(ended, pad_id, drawn)
         ended |= torch.isin(drawn, ends) & (written[-1][0] >= 0)
         if everywhere(ended.all(), lm):  # of a model in shards, each process is asked for its share of every token

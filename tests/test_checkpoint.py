@@ -225,6 +225,8 @@ DAMAGE = {
     "history of a step that is a string": history(lambda rows: rows[0].update(step="1")),
     "history without KL": history(lambda rows: rows[0].pop("objective/kl")),
     "history of strings": history(lambda rows: rows[0].update({"objective/kl": "1"})),
+    "history of a switch": history(lambda rows: rows[0].update({"objective/kl": True})),
+    "history of a number beyond all floats": history(lambda rows: rows[0].update({"objective/kl": 10**400})),
     "history of lists": history(lambda rows: [[1]]),
     "history of 3,000 brackets": lambda f: (f / "history.jsonl").write_text("[" * 3000),
     "history is bytes": lambda f: (f / "history.jsonl").write_bytes(b"\xff"),

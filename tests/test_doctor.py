@@ -88,6 +88,11 @@ def test_a_run_without_steps_gets_no_finding():
     assert examine([]) == [] == examine(trainer().history)
 
 
+def test_what_is_missing_of_a_history_is_no_finding():
+    """The experiments' logs have None where a number was not finite."""
+    assert examine([{"step": 1, "objective/kl": None, "ppo/mean_scores": 0.1}]) == []
+
+
 def test_a_value_loss_that_starts_high_and_falls_is_no_spike():
     far = lambda prompts, responses: [x + 10 for x in even(prompts, responses)]
     history = run(far, steps=40, value_learning_rate=0.3, cliprange_value=100.0, batch_size=8, mini_batch_size=8)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rlhf_helpers.data import read_jsonl, save_jsonl
+from rlhf_helpers.errors import InputError
 from rlhf_helpers.evaluation import Evaluation, best_of, chosen_of, evaluate, paired_gain, report, summarize
 from tests import tiny
 from tests.tiny import same, state, with_lora
@@ -81,6 +82,27 @@ def test_an_evaluation_survives_being_saved():
     again = Evaluation.of_records(json.loads(json.dumps(first.records())))
     assert (again.prompts, again.responses) == (first.prompts, first.responses)
     assert all((getattr(again, name) == getattr(first, name)).all() for name in ("rewards", "gold", "kl"))
+
+
+def damaged(change):
+    rows = [dict(prompt=f"p{i // 2}", response="a", reward=1.0, gold=0.5, kl=0.0) for i in range(4)]
+    change(rows)
+    return rows
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda rows: rows.pop(), "1 to 2 samples a prompt; expected as many of each"),
+        (lambda rows: rows[1].update(reward=10**400), "sample 2: reward is 1000*.*; expected a finite number"),
+        (lambda rows: rows[1].update(gold=float("nan")), "sample 2: gold is nan; expected a finite number"),
+        (lambda rows: rows[1].update(kl=True), "sample 2: kl is True; expected a finite number"),
+        (lambda rows: rows[3].update(response="\ud800"), "sample 4: response is .*; expected text"),
+    ],
+)
+def test_saved_samples_that_were_changed_are_refused(change, said):
+    with pytest.raises(InputError, match=said):
+        Evaluation.of_records(damaged(change))
 
 
 def test_a_process_without_prompts_takes_part(monkeypatch):

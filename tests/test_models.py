@@ -1,6 +1,7 @@
 """The policy: tokenizer, 4-bit loading, the forward pass, the value head, adapters off, and gradients through 4-bit layers."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from peft import PeftModel
 
 from rlhf_helpers import models
 from rlhf_helpers.config import Profile
+from rlhf_helpers.errors import InputError
 from rlhf_helpers.models import (
     PolicyWithValueHead,
     encode_prompt,
@@ -68,6 +70,17 @@ def test_adapters_of_a_hub_are_no_model_either(llama_folder, tmp_path, monkeypat
     monkeypatch.setattr(models, "resolve", lambda model: str(tmp_path))
     with pytest.raises(ValueError, match="org/adapters: a folder of adapters, which new ones would silently replace"):
         load_causal_lm("org/adapters", quantize=False)
+
+
+@pytest.mark.parametrize("quantize", [True, False])
+def test_a_model_without_some_of_its_weights_is_refused(llama_folder, tmp_path, quantize):
+    """transformers would fill them with random numbers, and in 4 bits leave something that is no 4-bit weight."""
+    shutil.copytree(llama_folder, tmp_path / "m")
+    about = json.loads((tmp_path / "m" / "config.json").read_text())
+    about = about | {"num_hidden_layers": about["num_hidden_layers"] + 1} | {"layer_types": None}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(about))
+    with pytest.raises(InputError, match="m: cannot be used as a model .no weights for model.layers.2.input_layernorm.weight"):
+        load_causal_lm(tmp_path / "m", quantize=quantize)
 
 
 def test_the_tokenizer_pads_on_the_left(llama_folder):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from rlhf_helpers import progress
+from tests import tiny
 
 
 @pytest.fixture
@@ -43,6 +44,30 @@ def test_a_log_gets_nine_lines_at_most_however_long_it_takes(nowhere, clock, cap
     for hour, _ in enumerate(progress.track(range(1000), "work")):
         clock.now = 3600.0 * hour
     assert len(capsys.readouterr().out.splitlines()) == 9
+
+
+def test_what_is_part_of_a_bar_has_none_of_its_own(nowhere, clock, capsys):
+    def work(what):
+        with progress.bar(2, what) as bar:
+            clock.now += 6
+            bar.update()
+
+    with pytest.raises(ValueError), progress.bar(2, "whole") as bar:
+        work("part")
+        bar.update()
+        raise ValueError
+    work("alone")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["whole", "alone"]
+
+
+@pytest.mark.parametrize("queries, batch_size, total", [(17, None, 6), (17, 8, 18), (16, None, None)])
+def test_many_responses_say_how_far_they_are(nowhere, monkeypatch, queries, batch_size, total):
+    bars = []
+    monkeypatch.setattr(progress.Lines, "close", lambda bar: bars.append(bar))
+    trainer = tiny.trainer(max_new_tokens=6)
+    trainer.generate(tiny.batch(4)[0][:1] * queries, batch_size=batch_size)
+    assert [(bar.n, bar.total, bar.what) for bar in bars] == ([(total, total, "sampling")] if total else [])
 
 
 def test_a_terminal_gets_a_bar_that_goes_away(monkeypatch, capsys):
