@@ -268,6 +268,20 @@ def ensemble_of_five():
     )
 
 
+def endless():
+    """Runs with a limit that the untrained model passes: how many of the training answers end by themselves."""
+    rows = []
+    for condition, logs in by_condition("endless").items():
+        for log in logs:
+            ended, tokens, kl = (log.course_of(name) for name in ("ended", "length", "kl"))
+            shares = [f"{ended[part].mean():.0%}" for part in (slice(None, 4), slice(-4, None))]
+            rows.append([condition, log.head["seed"], *shares, f"{tokens[-4:].mean():.1f}", f"{kl[-4:].mean():.1f}",
+                         spread(mean_interval(gain(log, "gold"))), f"{log.whole:.0%}"])  # fmt: skip
+    head = ["condition", "seed", "ended, first four steps", "ended, last four", "tokens, last four", "KL, last four",
+            "gold gained, test prompts, 64 tokens", "whole there"]  # fmt: skip
+    return table(head, rows) if rows else NONE_YET
+
+
 # ---------------------------------------------------------------- figures
 
 
@@ -277,6 +291,7 @@ def with_figure(experiment, text):
         return text
     alt = {
         "counting": "Score and gold over the steps, a line a run: without a price the score climbs to 10 and more, and the gold falls to 0",
+        "endless": "Share of the training answers that end by themselves over the steps, a panel with the penalty and one without, three seeds each",
         "reward_models": "Gold of the best of n over n, a line for each number of pairs that the choosing reward model was trained on",
     }.get(
         experiment,
@@ -291,6 +306,7 @@ def draw(folder):
     of = dict(
         prices=lambda: plane("prices", **compare.by_rate("prices")),
         counting=lambda: run_figures.paid_and_wanted(by_condition("counting")),
+        endless=lambda: run_figures.ends_by_itself(by_condition("endless")),
         reward_models=lambda: judges.gold_over_n(
             {"all 856 pairs": "course"} | {f"{n} pairs": f"pairs_{n}" for n in (600, 300, 150, 75)}
         ),
@@ -326,6 +342,7 @@ BLOCKS = dict(
     samples=samples,
     reward_models=reward_models,
     ensemble_of_five=ensemble_of_five,
+    endless=endless,
     still_to_make=still_to_make,
 )
 BLOCKS |= {name: (lambda name=name: compared(name)) for name in EXPERIMENTS if name not in BLOCKS and name != "base"}

@@ -120,6 +120,10 @@ COUNTING = {  # a proxy that never reads the prompt, with and without what is th
     "no_price": dict(reward="warm_words", settings=dict(init_kl_coef=0.0, kl_budget=None), steps=48, minutes=9),
 }
 
+# A limit that nine of ten answers of the untrained model pass, with and without points off for that.
+SHORT = dict(max_new_tokens=16, kl_budget=None)
+ENDLESS = {"penalty_2": dict(settings=SHORT | dict(missing_eos_penalty=2.0)), "no_penalty": dict(settings=SHORT)}
+
 # The blind runs of notebook 09 (the healthy one is a headline run), and one of them three times as long. "labelled" is a reward
 # model from 50 pairs.
 FREE = dict(init_kl_coef=0.0, kl_budget=None, gradient_accumulation_steps=1)
@@ -147,6 +151,7 @@ EXPERIMENTS = {
     "sizes": each("sizes", SIZES, range(3)),
     "ensembles": each("ensembles", ENSEMBLES, range(3)),
     "samplers": each("samplers", SAMPLERS, range(3)),
+    "endless": each("endless", ENDLESS, range(3), steps=24, minutes=3),
     "capstone": each("capstone", CAPSTONE, [0]),
 }
 

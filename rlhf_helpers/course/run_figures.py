@@ -73,6 +73,12 @@ def over_steps(groups, curves, width=4):
     return figure
 
 
+def ends_by_itself(groups):
+    """The share of answers with an EOS within the limit, over the steps: {condition: logs}, a panel each."""
+    runs = {name.replace("_", " "): [log.steps for log in logs] for name, logs in groups.items() if logs}
+    return over_steps(runs, {"ended": "share that ends by itself"})
+
+
 def paid_and_wanted(groups, width=4):
     """Two panels, what is paid (the score) and what is wanted (the gold), over the steps, means of `width`: {name: logs}, a line a run.
     The longest runs have their seed at the end of their score."""
