@@ -168,7 +168,11 @@ def test_it_can_be_touched(stepped, tmp_path):
     with opened(inspector.page([frame | {"label": "first"}, frame]), tmp_path) as browser:
         count = "document.querySelectorAll('.rlhf-inspector .text span').length"
         foot = "document.querySelector('.rlhf-inspector .foot').innerText"
-        assert browser.evaluate(count) == len(frame["rows"][0]["tokens"]) and "Point at a token" in browser.evaluate(foot)
+        assert browser.evaluate(count) == len(frame["rows"][0]["tokens"])
+        assert "Point at a token" in browser.evaluate("document.querySelector('.rlhf-inspector .hint').innerText")
+        shown = frame["rows"][0]["numbers"]["advantage"]
+        strongest = max(range(len(shown)), key=lambda i: abs(shown[i] or 0))
+        assert f"{strongest + 1} of {len(shown)}" in browser.evaluate(foot)  # before anybody has touched it
         box = browser.evaluate(
             "(({x,y,width,height})=>({x:x+width/2,y:y+height/2}))(document.querySelectorAll('.rlhf-inspector .text span')[1].getBoundingClientRect())"
         )

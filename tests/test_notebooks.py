@@ -12,7 +12,7 @@ import pytest
 
 from rlhf_helpers.config import REPOSITORY
 from rlhf_helpers.course import exercises
-from tools import readme_pictures
+from tools import inspector_page, readme_pictures
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -271,6 +271,14 @@ def test_how_an_anchor_is_made(tmp_path):
 def test_it_leads_on_to_the_next_notebook(notebook):
     later = [other.name for other in NOTEBOOKS if other.name > notebook.name]
     assert not later or f"]({later[0]})" in cells(notebook)[-1][1]["source"]
+
+
+@each_notebook
+def test_stored_inspectors_are_those_of_today(notebook):
+    """`python tools/inspector_page.py --layout` lays them out anew."""
+    stored = ["".join(output.get("data", {}).get("text/html", "")) for _, output in outputs(notebook)]
+    for page in (page for page in stored if 'class="rlhf-inspector"' in page):
+        assert inspector_page.laid_out_anew(page) == page
 
 
 # ---------------------------------------------------------------- the README

@@ -1,7 +1,8 @@
 """Make docs/inspector.html, a page to touch without installation: `python tools/inspector_page.py` (a quarter of an hour on two cores).
 
 Two runs with the same seed and prompts: the profile's, and one that is paid for warm words, without a price on KL. Both are recorded on four
-held-out prompts and stand side by side; the page needs nothing but itself. `--layout` takes the runs that are there. `--picture` takes docs/inspector.png from the page that is there, by headless Chromium."""
+held-out prompts and stand side by side; the page needs nothing but itself. `--layout` takes the runs that are there, and lays the inspectors
+that notebooks have stored out anew, too, from the numbers in them. `--picture` takes docs/inspector.png from the page that is there, by headless Chromium."""
 
 import argparse
 import html
@@ -60,6 +61,21 @@ def recorded(reward, settings, steps, every):
     return recorder.frames
 
 
+def laid_out_anew(page):
+    """A page of the inspector as `inspector.page` makes it today, from the frames that it holds."""
+    held = json.loads(re.search(r'<script type="application/json">(.*?)</script>', page, re.DOTALL)[1])
+    return inspector.page(held["frames"], held["signal"])
+
+
+def lay_out(notebook):
+    """Lay the inspectors in a notebook's stored outputs out anew."""
+    about = json.loads(notebook.read_text(encoding="utf-8"))
+    for data in (output.get("data", {}) for cell in about["cells"] for output in cell.get("outputs", [])):
+        if 'class="rlhf-inspector"' in (page := "".join(data.get("text/html", ""))):
+            data["text/html"] = laid_out_anew(page).splitlines(keepends=True)
+    notebook.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def read(file):
     """The frames of the runs that a page holds, by their titles."""
     held = r'<h2>(.*?)</h2>.*?<script type="application/json">(.*?)</script>'
@@ -67,7 +83,7 @@ def read(file):
     return {html.unescape(title): json.loads(data)["frames"] for title, data in found}
 
 
-def picture(page, file, words=(" source", " laughter")):
+def picture(page, file, words=(" simple", " laughter")):
     """A screenshot of the page's two runs, with all numbers of one word of each answer, as if it were pointed at."""
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if chromium is None:
@@ -82,7 +98,7 @@ def picture(page, file, words=(" source", " laughter")):
             page.read_text(encoding="utf-8").replace("</body>", f"<script>{point}</script></body>"), encoding="utf-8"
         )
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--force-device-scale-factor=1.5"]
-        size = ["--window-size=1260,800", f"--user-data-dir={folder}/profile"]
+        size = ["--window-size=1260,850", f"--user-data-dir={folder}/profile"]
         subprocess.run([chromium, *flags, *size, f"--screenshot={file}", copy.as_uri()], check=True, stderr=subprocess.DEVNULL)
 
 
@@ -93,6 +109,9 @@ def main():
     docs, options = HERE.parent / "docs", parser.parse_args()
     if options.picture:
         return picture(docs / "inspector.html", docs / "inspector.png")
+    if options.layout:
+        for notebook in sorted((HERE.parent / "notebooks").glob("*.ipynb")):
+            lay_out(notebook)
     file = docs / "inspector.html"
     runs = read(file) if options.layout else {}
     for title, (_, *how) in RUNS.items():

@@ -201,10 +201,12 @@ font:15px/1.6 system-ui,sans-serif;border:1px solid var(--line);border-radius:8p
 #NAME th{white-space:nowrap}
 #NAME .foot{display:flex;flex-wrap:wrap;gap:4px 40px;min-height:15em;align-items:flex-start}
 #NAME .what{opacity:.75}
+#NAME .hint{font-size:13px}
 </style>
 <div class="bar" role="group" aria-label="what is shown"></div>
 <div class="prompt"></div>
 <div class="text" tabindex="0" aria-label="the response; arrow keys go from token to token">PLAIN</div>
+<div class="what hint">Point at a token, or click into the text and use the arrow keys (up and down: another response). At first: the largest number.</div>
 <div class="foot" aria-live="polite"></div>
 <script type="application/json">DATA</script>
 <script>
@@ -228,8 +230,8 @@ pick("response",D.frames.reduce((a,b)=>b.rows.length>a.rows.length?b:a).rows.map
 if(D.frames.length>1){const slide=el("input",{type:"range",min:0,max:D.frames.length-1,step:1,oninput:()=>{at.f=+slide.value;at.r=Math.min(at.r,D.frames[at.f].rows.length-1);at.t=-1;draw();tell(true)}}),out=el("output");
 slide.setAttribute("aria-label","step");const box=el("label",{},"step ",slide," ",out);box.sync=()=>{slide.value=at.f;out.textContent=D.frames[at.f].label};bar.append(box);controls.push(box)}
 const legend=el("span",{className:"what"});bar.append(legend);
+function strongest(){const n=row().numbers[at.s]||[];return n.reduce((best,x,i)=>Math.abs(x||0)>Math.abs(n[best]||0)?i:best,0)}
 function detail(){foot.replaceChildren();const r=row();
-if(at.t<0){foot.append(el("p",{className:"what",textContent:"Point at a token, or click into the text and use the arrow keys: left and right for tokens, up and down for responses."}));return}
 const left=el("table");left.append(el("tr",{},el("th",{textContent:"token"}),el("td",{className:"n",textContent:JSON.stringify(r.tokens[at.t])}),el("td",{className:"what",textContent:(at.t+1)+" of "+r.tokens.length})));
 names.forEach(n=>{if(r.numbers[n])left.append(el("tr",{},el("th",{textContent:D.signals[n][0]}),el("td",{className:"n",textContent:show(r.numbers[n][at.t])}),el("td",{className:"what",textContent:D.signals[n][1]})))});
 foot.append(left);
@@ -239,7 +241,7 @@ function choose(t){at.t=t;[...text.children].forEach((s,i)=>s.classList.toggle("
 function draw(){const r=row(),m=most();root.querySelector(".prompt").textContent=r.prompt+"   (score "+show(r.score)+(r.numbers.kl?", KL "+show(r.numbers.kl.reduce((a,b)=>a+b,0))+" nats":"")+")";text.replaceChildren();
 r.tokens.forEach((token,i)=>{const x=(r.numbers[at.s]||[])[i],s=el("span",{textContent:token,onmouseenter:()=>choose(i),onclick:()=>choose(i)});
 if(x!==null&&x!==undefined){s.style.background="rgba(var("+(x<0?"--down":"--up")+"),"+(.75*Math.min(1,Math.abs(x)/m)).toFixed(3)+")"}text.append(s)});
-legend.textContent=D.signals[at.s][1]+"; blue above 0, orange below, full colour at "+show(m);controls.forEach(c=>c.sync());choose(Math.min(at.t,r.tokens.length-1))}
+legend.textContent=D.signals[at.s][1]+"; blue above 0, orange below, full colour at "+show(m);controls.forEach(c=>c.sync());choose(at.t<0?strongest():Math.min(at.t,r.tokens.length-1))}
 text.addEventListener("keydown",e=>{const rows=D.frames[at.f].rows.length,keys={ArrowRight:()=>choose(Math.min(at.t+1,row().tokens.length-1)),ArrowLeft:()=>choose(Math.max(at.t-1,0)),
 ArrowDown:()=>{at.r=(at.r+1)%rows;draw();tell()},ArrowUp:()=>{at.r=(at.r+rows-1)%rows;draw();tell()}};if(keys[e.key]){e.preventDefault();e.stopPropagation();keys[e.key]()}});
 draw();others().forEach(o=>o.draw())})();
