@@ -19,7 +19,6 @@ from rlhf_helpers.config import CPU, PPOConfig
 from rlhf_helpers.course import exercises
 from rlhf_helpers.rollout import gae_advantages
 from rlhf_helpers.sampling import pad_left
-from rlhf_helpers.trainer import PPOTrainer
 from tests import test_notebooks as pages
 from tests import tiny
 
@@ -136,11 +135,15 @@ WRONG = {
         ("lambda prompts, responses: [-0.1 * (len(text.split()) - 20) for text in responses]", "use max(0, ...)"),
         ("lambda prompts, responses: [-0.1 * max(0, len(text) - 20) for text in responses]", "counts letters"),
     ],
-    "check_own_advantages": [
-        ("lambda r, c, t: (r.rewards.sum(1)[:, None] * r.mask, r.values)", "no baseline yet"),
-        ("lambda r, c, t: ((r.rewards.sum(1) - r.rewards.sum(1).mean())[:, None].expand_as(r.mask), r.values)", "the pads have"),
-        ("lambda r, c, t: ((r.rewards.sum(1) - r.rewards.sum() / r.mask.sum())[:, None] * r.mask, r.values)", "mean reward of a token"),
-        ("lambda r, c, t: (r.rewards.sum(1) - r.rewards.sum(1).mean())[:, None] * r.mask", "two things are asked for"),
+    "check_policy_losses": [
+        ("lambda new, old, A, c: torch.min(-A * (new - old).exp(), -A * (new - old).exp().clamp(1 - c, 1 + c))", "the better of the two"),
+        ("lambda new, old, A, c: torch.min(A * (new - old).exp(), A * (new - old).exp().clamp(1 - c, 1 + c))", "take its negative"),
+        ("lambda new, old, A, c: -A * (new - old).exp()", "nothing is clipped yet"),
+        ("lambda new, old, A, c: -A * (new - old).exp().clamp(1 - c, 1 + c)", "the clipped product alone"),
+        ("lambda new, old, A, c: torch.max(-A * (old - new).exp(), -A * (old - new).exp().clamp(1 - c, 1 + c))", "upside down"),
+        ("lambda new, old, A, c: torch.max(-A * (new - old), -A * (new - old).clamp(1 - c, 1 + c))", "take exp"),
+        ("lambda new, old, A, c: ppo.policy_losses(new, old, A, c)[0].mean()", "one number came back"),
+        ("lambda new, old, A, c: ppo.policy_losses(new, old, A, c)[0].detach()", "no gradient comes back"),
     ],
     "check_kept_scores": [
         ("64 * 512 * 128_256 * 2 / 1e9", "that is bf16"),
@@ -202,18 +205,12 @@ WRONG_BEYOND = [
     ("check_gae", "lambda r, v, g, l: [sum((g * l) ** (u - t) * (r[u] + [*v[1:], 0.0][u] - v[u]) for u in range(t, len(r))) for t in range(len(r))]", "gamma is missing in delta"),
     ("check_gae", "lambda r, v, g, l: [r[t] + g * [*v[1:], 0.0][t] - v[t] for t in range(len(r))]", "those are the deltas"),
     ("check_gae", "lambda r, v, g, l: [-sum((g * l) ** (u - t) * (r[u] + g * [*v[1:], 0.0][u] - v[u]) for u in range(t, len(r))) for t in range(len(r))]", "the sign"),
-    ("check_own_advantages", "lambda r, config, total: ((r.rewards.sum(1) / r.mask.sum(1) - (r.rewards.sum(1) / r.mask.sum(1)).mean())[:, None] * r.mask, r.values)", "a mean over tokens"),
-    ("check_own_advantages", "lambda r, config, total: ((r.rewards.sum(1) - (r.rewards.sum() - r.rewards.sum(1)) / 2)[:, None] * r.mask, r.values)", "leave-one-out"),
-    ("check_own_advantages", "lambda r, config, total: ((r.rewards.sum(1) - r.rewards.sum(1).mean())[:, None] * r.mask, None)", "what the value head should learn"),
-    ("check_own_advantages", "lambda r, config, total: (r.values, (r.rewards.sum(1) - r.rewards.sum(1).mean())[:, None] * r.mask)", "the other way round"),
     ("check_advantages", "lambda r, config, total: (lambda raw, returns: (ppo.whiten(raw, r.mask) / ppo.masked_var(raw, r.mask) ** 0.5, returns))(*ppo.gae(r.rewards, r.values, r.mask, config.gamma, config.lam))", "not by the variance"),
     ("check_advantages", "lambda r, config, total: (lambda raw, returns: (torch.cat([ppo.whiten(raw[i : i + 1], r.mask[i : i + 1]) for i in range(3)]), returns))(*ppo.gae(r.rewards, r.values, r.mask, config.gamma, config.lam))", "not row by row"),
     ("check_best_policy", "lambda ref, scores, beta: [p * math.exp(-s / beta) / sum(q * math.exp(-t / beta) for q, t in zip(ref, scores)) for p, s in zip(ref, scores)]", "the sign"),
     ("check_best_policy", "lambda ref, scores, beta: [p * math.exp(s / beta) / sum(math.exp(t / beta) for t in scores) for p, s in zip(ref, scores)]", "has the reference in it"),
     ("check_share_between", "lambda rewards: 1 - rewards.var(1).mean() / rewards.var()", "leaves the scatter of the means in"),
     ("check_steps_until_spent", "lambda kls, budget: next((n for n in range(1, len(kls) + 1) if sum(kls[:n]) > budget), len(kls))", "nothing is used up"),
-    ("check_own_advantages", "lambda r, config, total: ((r.scores - r.scores.mean())[:, None] * r.mask, r.values)", "leave the price on KL out"),
-    ("check_own_advantages", "lambda r, config, total: (r.rewards.copy_((r.rewards.sum(1) - r.rewards.sum(1).mean())[:, None] * r.mask), r.values)", "changed rollout.rewards"),
     ("check_net_score", "lambda history: [0.3] * len(history)", "expected"),
     ("check_net_score", "lambda h: [h[0]['ppo/mean_scores'] - h[0]['objective/kl_coef'] * h[0]['objective/kl'] for row in h]", "expected"),
     ("check_gets_gradient", "lambda a, r, c: (r - 1) * a < c", "sign of A alone"),
@@ -237,9 +234,6 @@ WRONG_BEYOND = [
     ("check_positions", "lambda mask: (mask.cumsum(1) - 1).clamp(min=0).float()", "whole numbers"),
     ("check_steps_until_spent", "lambda kls, budget: next((n for n in range(1, len(kls) + 1) if mean(kls[max(0, n - 4) : n]) > budget), None)", "expected 3"),
     ("check_steps_until_spent", "lambda kls, budget: next((n for n in range(1, len(kls) + 1) if mean(kls[max(0, n - 4) : n]) > 8.0), len(kls))", "expected"),
-    ("check_own_advantages", "lambda r, c, t: ((r.rewards.sum(1) - r.rewards.sum(1).mean())[:, None] * (r.rewards != 0), r.values)", "may have 0 in rollout.rewards"),
-    ("check_own_advantages", "lambda r, c, t: ((r.rewards.sum(1) - r.rewards.sum(1).mean())[:, None] * (r.values != 0), r.values)", "may have 0 in rollout.values"),
-    ("check_own_advantages", "lambda r, c, t: (((r.rewards.sum(1) - r.rewards.sum(1).mean())[:, None] * r.mask).tolist(), r.values.tolist())", "expected"),
     ("check_advantages", "lambda r, c: (whitened(r, c), raw_and_returns(r, c)[1])", "takes 2 positional arguments but 3 were given"),
     ("check_advantages", "lambda r, c, t: ((raw(r, c) - raw(r, c)[r.mask].mean()) / raw(r, c)[r.mask].std(), raw_and_returns(r, c)[1])", "padding must stay 0"),
     ("check_share_between", "lambda r: (r.mean(1).var() - r.var(1).mean() / 4) / (r.mean(1).var() - r.var(1).mean() / 4 + r.var(1).mean())", "expected"),
@@ -275,7 +269,6 @@ RIGHT_TOO = [
     ("check_kept_scores", "'16,8 GB'"),
     ("check_kept_scores", "(16, 8)"),  # what Python makes of 16,8
     ("check_advantages", "lambda r, c, t: (torch.where(r.mask, (raw(r, c) - raw(r, c)[r.mask].mean()) / (raw(r, c)[r.mask].std() + 1e-4), 0.0), raw_and_returns(r, c)[1])"),
-    ("check_own_advantages", "lambda r, c, t: [(r.rewards.sum(1) - r.rewards.sum(1).mean())[:, None].double() * r.mask, r.values]"),
     ("check_group_normalised", "lambda g: (g - g.mean(1, keepdim=True)) / (g.std(1, keepdim=True) + 1e-5)"),
     ("check_gets_gradient", "lambda a, r, c: (torch.where(a > 0, r < 1 + c, r > 1 - c)).numpy()"),
     ("check_word_reward", "lambda p, texts: [min(0.0, (20 - len(text.split())) / 10) for text in texts]"),
@@ -445,10 +438,6 @@ def test_the_right_numbers_in_another_container_are_told_so(capsys):
     answer = lambda a, r, c: torch.where(a > 0, r < 1 + c, r > 1 - c).tolist()
     exercises.check_gets_gradient(answer)
     assert "the numbers are right; expected a Tensor of torch.bool, got a list" in capsys.readouterr().out
-    exercises.check_own_advantages(
-        lambda r, config, total: ((r.rewards.sum(1) - r.rewards.sum(1).mean())[:, None] * r.mask, r.values.tolist())
-    )
-    assert "got a tuple (Tensor of torch.float32, list (list, list, list))" in capsys.readouterr().out
 
 
 def test_an_answer_may_change_its_arguments(capsys):
@@ -472,25 +461,22 @@ def test_the_right_gae_of_the_check_is_the_one_that_the_trainer_uses(capsys):
     assert verdict(capsys, "check_gae", course)[0] == "✓"
 
 
-def test_an_advantage_function_of_one_s_own_trains_once_it_is_right_and_not_before(capsys):
-    """The folded solution of notebook 05 in PPOTrainer; it is leave-one-out's kind: the same for all tokens of a response."""
-    own = run(EXERCISES["check_own_advantages"].solutions[0])["my_advantages"]
-    trainer = lambda advantages: PPOTrainer(
-        tiny.trainer().config, tiny.trainer().model, tokenizer=tiny.tokenizer(), advantages=advantages
-    )
-    seen = []
+def test_a_loss_of_one_s_own_trains_once_it_is_right_and_not_before(capsys):
+    """The folded solution of notebook 05 in PPOTrainer: with several passes over a batch, so that the clip acts, it makes the library's
+    steps; and after it the library has its own loss again."""
+    own, package, seen = run(EXERCISES["check_policy_losses"].solutions[0])["my_losses"], ppo.policy_losses, []
 
-    def train(advantages):
-        seen.append(trainer(advantages))
+    def train():
+        seen.append(tiny.trainer(tiny.with_lora(tiny.llama(), b_scale=0.3), ppo_epochs=4, learning_rate=0.05))
         return seen[-1].train(["t4 t5", "t6 t7", "t8", "t9 t10"], lambda p, r: [float(len(t.split())) for t in r], steps=3)
 
-    for unsolved in (lambda r, c, t: ..., ..., Hostile(), lambda r, c, t: (r.rewards, r.values)):
+    for unsolved in (lambda new, old, A, c: ..., ..., Hostile(), lambda new, old, A, c: -A * (new - old).exp()):
         assert exercises.trained_with(unsolved, train) == {} and seen == []
     assert "once the exercise has its tick" in capsys.readouterr().out
-    history = exercises.trained_with(own, train)
-    assert len(history) == 3 and history[-1]["objective/kl"] != 0
-    advantages, mask = seen[0].rollout.advantages, seen[0].rollout.mask
-    assert all(len(set(row[keep].tolist())) == 1 for row, keep in zip(advantages, mask)) and not advantages[~mask].any()
+    untimed = lambda history: [{k: v for k, v in row.items() if not k.startswith("time/")} for row in history]
+    ours, theirs = untimed(exercises.trained_with(own, train)), untimed(train())
+    assert ours == theirs and len(ours) == 3 and ours[-1]["ppo/policy/clipfrac"] > 0
+    assert ppo.policy_losses is package
 
 
 def test_the_layer_of_the_check_is_peft_s_own(capsys):

@@ -219,8 +219,8 @@ def pixels(png):
 
 
 def whole_intervals(html):
-    """Cells of a table that hold an interval, or a number with one, are not broken into lines."""
-    return re.sub(r"<td\b(?=[^>]*>[+−-]?\d[^<\s]* (?:\(|to )[^<]{1,25}</td>)", '<td class="whole"', html)
+    """Cells of a table that hold a date, an interval, or a number with one, are not broken into lines."""
+    return re.sub(r"<td\b(?=[^>]*>(?:[+−-]?\d[^<\s]* (?:\(|to )[^<]{1,25}|\d{4}-\d\d-\d\d)</td>)", '<td class="whole"', html)
 
 
 # ---------------------------------------------------------------- pages

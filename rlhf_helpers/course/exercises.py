@@ -7,7 +7,7 @@ from rlhf_helpers.config import CPU
 from rlhf_helpers.course.capstone_exercises import *  # noqa: F403 (notebook 09)
 from rlhf_helpers.course.first_exercises import check_leave_one_out, check_mean_under_new  # noqa: F401 (notebook 00)
 from rlhf_helpers.course.grading import function, not_a_config, number, same, say, ticked  # noqa: F401
-from rlhf_helpers.course.loop_exercises import check_net_score, check_own_advantages, check_word_reward, trained_with  # noqa: F401 (05)
+from rlhf_helpers.course.loop_exercises import check_net_score, check_policy_losses, check_word_reward, trained_with  # noqa: F401 (05)
 from rlhf_helpers.course.more_exercises import check_group_normalised, check_share_between, check_what_follows  # noqa: F401 (notebook 08)
 from rlhf_helpers.course.part_exercises import check_advantages, check_lora, check_pad_left  # noqa: F401 (notebooks 01, 03, 04)
 

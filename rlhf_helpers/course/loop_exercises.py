@@ -1,69 +1,82 @@
 """The exercise checks of notebook 05, one with an answer that then trains: as in `exercises`, a tick, or a cross with the likely
 mistake in words."""
 
-from types import SimpleNamespace
+from unittest import mock
 
-from rlhf_helpers.course.grading import function, keeping, near_pairs, ticked
+from rlhf_helpers.course.grading import function, near_pairs, ticked
 
 
-def batch_of_three():
-    """A rollout of three responses of four, two and one tokens, as far as an advantage function reads it. The scores are what the
-    rewards add up to without the price of KL."""
+def clipped_losses(logprobs, old_logprobs, advantages, cliprange):
+    """The policy's loss of every token, (B, T), as `ppo.policy_losses` gives it."""
+    from rlhf_helpers import ppo
+
+    return ppo.policy_losses(logprobs, old_logprobs, advantages, cliprange)[0]
+
+
+def with_slopes(answer):
+    """A loss function, made to give (losses, their slopes in the new log-probs); whatever else an answer may be, unchanged."""
     import torch
 
-    mask = torch.tensor([[True, True, True, True], [True, True, False, False], [True, False, False, False]])
-    rewards = torch.tensor([[-0.1, 0.0, 0.3, 1.4], [-0.2, 0.4, 0.0, 0.0], [-1.0, 0.0, 0.0, 0.0]])
-    scores = torch.tensor([1.2, 0.9, -0.6])
-    values = torch.tensor([[0.3, 0.3, 0.0, 0.3], [0.3, 0.3, 0.0, 0.0], [0.3, 0.0, 0.0, 0.0]])
-    return SimpleNamespace(rewards=rewards, mask=mask, values=values, kl=-rewards, scores=scores)  # real tokens may have 0
+    if not callable(answer):
+        return answer
+
+    def both(logprobs, *others):
+        logprobs = logprobs.clone().requires_grad_()
+        losses = answer(logprobs, *others)
+        if not isinstance(losses, torch.Tensor):
+            return losses
+        flat = torch.zeros_like(logprobs)
+        slopes = torch.autograd.grad(losses.sum(), logprobs, allow_unused=True)[0] if losses.requires_grad else flat
+        return losses.detach(), flat if slopes is None else slopes
+
+    return both
 
 
-def own_advantages(rollout, config=None, total=None):
-    """Each response's rewards added up, less the mean of that over the batch, on all its real tokens; and returns that ask nothing
-    of the value head."""
-    returns = rollout.rewards.sum(1)
-    return (returns - returns.mean())[:, None] * rollout.mask, rollout.values
-
-
-def check_own_advantages(answer):
-    """A function (rollout, config, total) -> (advantages, returns), both (B, T), as `own_advantages`."""
+def check_policy_losses(answer):
+    """A function (logprobs, old_logprobs, advantages, cliprange) -> PPO's loss of every token, (B, T), with its gradient."""
     import torch
 
-    def made(number, spread=lambda number, r: number[:, None] * r.mask):
-        return lambda r, config=None, total=None: (spread(number(r), r), r.values)
+    advantages = torch.tensor([[1.0, 1.0, 1.0, 2.0], [-1.0, -1.0, -1.0, -0.5]])
+    ratios = torch.tensor([[0.7, 1.05, 1.3, 1.5], [0.7, 0.95, 1.3, 0.55]])
+    old = torch.tensor([[-1.0, -0.5, -2.0, -0.7], [-1.5, -0.1, -3.0, -0.4]])
+    cases = [(old + ratios.log(), old, advantages, cliprange) for cliprange in (0.2, 0.4)]
 
-    returns = lambda r: r.rewards.sum(1)
-    centred = lambda r: returns(r) - returns(r).mean()
-    rollout, right = batch_of_three(), own_advantages
+    def made(how, ratio=lambda new, old: torch.exp(new - old)):
+        return with_slopes(lambda new, old, A, c: how(A * ratio(new, old), A * ratio(new, old).clamp(1 - c, 1 + c)))
+
+    right = lambda free, held: torch.max(-free, -held)
+    within = lambda new, old, A, c: torch.max(-A * torch.exp(new - old), -A * torch.exp((new - old).clamp(-c, c)))
     hints = [
-        (made(returns), "no baseline yet: take the mean over the batch off, or every answer above 0 is praised"),
-        (made(lambda r: r.scores - r.scores.mean()), "the scores alone leave the price on KL out: add up rollout.rewards"),
-        (made(centred, lambda number, r: number[:, None].expand_as(r.mask)), "the pads have an advantage, too: multiply by rollout.mask"),
-        *((made(centred, lambda number, r, of=of: number[:, None] * (getattr(r, of) != 0)), f"a real token may have 0 in rollout.{of}: use rollout.mask")
-          for of in ("rewards", "values")),
-        (made(lambda r: returns(r) - r.rewards.sum() / r.mask.sum()), "that baseline is the mean reward of a token; take the mean of the responses' sums"),
-        (made(lambda r: r.rewards.sum(1) / r.mask.sum(1) - (r.rewards.sum(1) / r.mask.sum(1)).mean()), "that is a mean over tokens; a return is the sum of a row"),
-        (made(lambda r: centred(r) * len(r.mask) / (len(r.mask) - 1)), "that is leave-one-out: a fine choice, but here the mean is over the whole batch"),
-        (made(lambda r: -centred(r)), "the sign: better than the mean must come out positive"),
-        (made(lambda r: centred(r) / returns(r).std()), "divided by the deviation, as GRPO does: a fine choice, but leave it out here"),
-        (made(lambda r: centred(r) / r.mask.sum(1)), "divided by the length: then a long answer learns less from each token; leave that out here"),
-        (lambda r, config=None, total=None: (r.rewards - returns(r).mean(), r.values), "that is a token's own reward; the score stands on the last token alone, so add the row up first"),
-        (lambda r, config=None, total=None: right(r)[0], "two things are asked for: (advantages, returns)"),
-        (lambda r, config=None, total=None: right(r)[::-1], "the other way round: the advantages first, then the returns"),
-        *((lambda r, config=None, total=None, of=of: (right(r)[0], of(r)), "the second is what the value head should learn; with rollout.values it is asked nothing")
-          for of in (lambda r: None, lambda r: torch.zeros_like(r.values), lambda r: right(r)[0])),
-        (lambda r, config=None, total=None: (centred(r), r.values), "one number a response came back; the trainer wants one for each token, (B, T)"),
+        (made(lambda free, held: torch.min(-free, -held)), "that is the better of the two losses, which lets a policy run; the clip needs the worse one: the max"),
+        (made(lambda free, held: torch.min(free, held)), "that is what should grow; a loss falls: take its negative"),
+        (made(lambda free, held: torch.max(free, held)), "the sign: a loss is minus the advantage times the ratio, and the worse of two is the max of these"),
+        (made(lambda free, held: -free), "nothing is clipped yet: compare with the ratio held within 1 - cliprange and 1 + cliprange"),
+        (made(lambda free, held: -held), "the clipped product alone: a token that moved the wrong way would get no gradient back; take the max of both"),
+        (made(right, lambda new, old: torch.exp(old - new)), "the ratio is upside down: new over old"),
+        (made(right, lambda new, old: new - old), "a difference of log-probs is the logarithm of the ratio: take exp"),
+        (made(right, lambda new, old: new / old), "a ratio of log-probs is no ratio of probabilities: subtract, then take exp"),
+        (with_slopes(within), "what is held within 1 - cliprange and 1 + cliprange is the ratio, not its logarithm within cliprange"),
+        (made(lambda free, held: right(free, held).mean()), "one number came back; give one for each token: the trainer takes the mean itself, over real tokens"),
+        (made(lambda free, held: right(free, held).sum(1)), "one number a response came back; give one for each token"),
+        (made(lambda free, held: right(free, held).detach()), "the numbers are right, and no gradient comes back: nothing would be learnt (.item(), .detach(), no_grad?)"),
     ]  # fmt: skip
-    praise = "each response against the batch, on all its tokens: REINFORCE with a baseline"
-    function(keeping(answer), [((rollout, None, None), right(rollout))], hints, agree=near_pairs, praise=praise)
+    expected = [(case, with_slopes(clipped_losses)(*case)) for case in cases]
+    praise = "the worse of the two for each token, with its gradient: PPO's loss"
+    function(with_slopes(answer), expected, hints, agree=near_pairs, praise=praise)
 
 
 def trained_with(answer, train):
-    """The history that `train(answer)` returns, an advantage function having passed the check; {} and a sentence before that."""
-    if not ticked(check_own_advantages, answer):
+    """The history that `train()` returns with a loss function that has passed the check in the place of the package's; {} and a
+    sentence before that."""
+    from rlhf_helpers import ppo
+
+    if not ticked(check_policy_losses, answer):
         print("once the exercise has its tick, this cell trains with your function")
         return {}
-    return train(answer)
+    package = ppo.policy_losses
+    own = lambda *given: (answer(*given), package(*given)[1])  # which tokens are clipped, for the stats
+    with mock.patch.object(ppo, "policy_losses", own):
+        return train()
 
 
 def check_net_score(answer):
