@@ -291,7 +291,7 @@ def with_figure(experiment, text):
         return text
     alt = {
         "counting": "Score and gold over the steps, a line a run: without a price the score climbs to 10 and more, and the gold falls to 0",
-        "endless": "Share of the training answers that end by themselves over the steps, a panel with the penalty and one without, three seeds each",
+        "endless": "Share of the training answers that end by themselves over the steps, a panel with the penalty and one without",
         "reward_models": "Gold of the best of n over n, a line for each number of pairs that the choosing reward model was trained on",
     }.get(
         experiment,
