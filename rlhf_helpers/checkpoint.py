@@ -268,9 +268,8 @@ def checked_history(where, rows, steps_done):
         if type(step) is not int or not last < step <= steps_done:
             raise InputError(f"{where(number)}: step is {shown(step)}; expected a whole number from {last + 1} to {steps_done}")
         for name, value in row.items():
-            if type(value) not in (int, float) or (
-                type(value) is int and abs(value) > 2**63
-            ):  # far beyond any stat, and perhaps any float
+            beyond = type(value) is int and abs(value) > 2**63  # of any stat, and perhaps of any float
+            if type(value) not in (int, float) or beyond:
                 raise InputError(f"{where(number)}: field {shown(name)} is a {type(value).__name__}; expected a number")
         if "objective/kl" not in row:
             raise InputError(f"{where(number)}: no field 'objective/kl'; expected the stats of a step")
