@@ -5,12 +5,12 @@ import pytest
 
 from rlhf_helpers import doctor
 from rlhf_helpers.config import CPU, DATA_FILE, HELDOUT_FILE, TEST_FILE, project_root
-from rlhf_helpers.course import capstone, exercises
+from rlhf_helpers.course import capstone, compare, exercises
 from rlhf_helpers.course import capstone_exercises as checks
 from rlhf_helpers.course.runs import Log
 from rlhf_helpers.data import load_preferences, load_prompts
 from rlhf_helpers.evaluation import Evaluation
-from rlhf_helpers.intervals import mean_interval
+from rlhf_helpers.intervals import mean_interval, two_level_interval
 
 PAIRS = capstone.pairs_to_label()
 A, B, C = "ABC"
@@ -140,13 +140,13 @@ def test_the_subject_hides_how_often_the_labels_go_along_with_warm_words():
 # ---------------------------------------------------------------- runs without their names
 
 
-def test_the_three_runs_are_there_and_do_not_say_what_they_are():
+def test_the_four_runs_are_there_and_do_not_say_what_they_are():
     runs = capstone.blind()
-    assert set(runs) == set("ABC") and set(checks.KEY.values()) == {"healthy", "misled", "bug"}
+    assert set(runs) == set("ABCD") and set(checks.KEY.values()) == {"healthy", "misled", "bug", "hacked"}
     text = capstone.samples(runs)
     for log in runs.values():
-        assert len(log.steps) >= 12 and log.head["condition"] not in text
-    assert text.count("step 1 ") == 3
+        assert len(log.steps) >= 10 and log.head["condition"] not in text
+    assert text.count("step 1 ") == 4 and "C, step 11 " in text  # half-way of 23
 
 
 def test_the_mended_run_differs_from_the_broken_one_in_that_line_alone():
@@ -165,9 +165,17 @@ def test_the_misled_run_is_paid_more_and_earns_less_of_what_is_wanted():
     assert float(rows["misled"]["warm words"]) < 0.5 * float(rows["untrained"]["warm words"])
 
 
+def test_the_hacked_run_is_paid_more_within_its_budget_and_loses_gold():
+    hacked, score = capstone.run_named("hacked"), capstone.run_named("hacked").course_of("score")
+    assert score[-4:].mean() > score[:4].mean() + 0.3
+    assert hacked.head["config"]["kl_budget"] == capstone.BUDGET and hacked.course_of("kl")[:-1].max() < 12
+    _, (_, high) = two_level_interval([compare.gain(hacked, "gold")])
+    assert high < 0
+
+
 def test_the_doctor_finds_the_healthy_run_the_healthiest():
     found = {what: doctor.examine(log.history, log.texts) for what, log in zip(checks.KEY.values(), capstone.blind().values())}
-    assert len(found["misled"]) > len(found["healthy"]) and len(found["bug"]) > len(found["healthy"])
+    assert all(len(found[ill]) > len(found["healthy"]) for ill in ("misled", "bug", "hacked"))
 
 
 def test_a_budget_cuts_a_log_where_it_would_have_ended_the_run():
@@ -179,12 +187,12 @@ def test_a_budget_cuts_a_log_where_it_would_have_ended_the_run():
 
 
 def test_the_curves_name_every_run_at_its_end():
-    figure = capstone.curves({"one": log_of([0, 1, 2]), "two": log_of([0, 1, 2, 2], ended=0.5)})
+    figure = capstone.curves({"one": log_of([0, 1, 2, 2]), "two": log_of([0, 1, 2, 2], ended=0.5), "short": log_of([0, 1])})
     for axis in figure.axes:
-        named = [text for text in axis.texts if not text.get_text().startswith("budget")]
-        assert {text.get_text().strip() for text in named} == {"one", "two"}
-        heights = sorted(text.xy[1] for text in named)
-        assert heights[1] > heights[0]  # equal ends are moved apart
+        named = {text.get_text().strip(): text.xy for text in axis.texts if not text.get_text().startswith("budget")}
+        assert set(named) == {"one", "two", "short"}
+        assert named["one"][1] != named["two"][1]  # equal ends are moved apart
+        assert named["short"] in [tuple(line.get_xydata()[-1]) for line in axis.lines]  # and one far from them is not
 
 
 # ---------------------------------------------------------------- checks that the page's own tests do not reach
@@ -196,9 +204,9 @@ def test_every_wrong_diagnosis_has_a_lesson_of_its_own_and_does_not_give_the_rig
     for wrong in set(checks.LESSONS) - {checks.KEY[letter]}:
         exercises.check_diagnosis(checks.KEY | {letter: wrong.upper() + " "})
         first, second = said(capsys).splitlines()
-        assert first == "✗ 2 of 3 right" and second.strip().startswith(f"{letter} is not {wrong}: ")
+        assert first == "✗ 3 of 4 right" and second.strip().startswith(f"{letter} is not {wrong}: ")
         lessons.add(second)
-    assert len(lessons) == 2
+    assert len(lessons) == 3
 
 
 @pytest.mark.parametrize("field, words", checks.ALONE.items())
@@ -231,13 +239,13 @@ def points(*arguments):
 
 
 def test_untouched_cells_earn_what_the_stand_in_s_reward_model_does_and_nothing_else():
-    unsaid = dict(A=..., B=..., C=...)
+    unsaid = dict(A=..., B=..., C=..., D=...)
     assert points(capstone.stand_in(PAIRS), 0.69, 0.88, ..., "B", unsaid) == [
-        "0 of 30",
-        "15 of 30",
+        "0 of 25",
+        "12 of 25",
         "0 of 10",
-        "0 of 30",
-        "15 of 100",
+        "0 of 40",
+        "12 of 100",
     ]
 
 
@@ -247,7 +255,7 @@ def test_all_points_are_earned_by_the_rule_s_own_labels_and_all_diagnoses():
     half = points(capstone.Labels(rule, (True,) * 25 + (False,) * 25), 0.5, 0.88, "A", "B", checks.KEY | dict(A="healthy"))
     card = capstone.scorecard(PAIRS, capstone.Labels(rule, (True,) * 50), 0.9, 0.88, ..., "B", {})
     assert max(len(value) for row in card for value in row.values()) < 50  # pandas cuts what is longer
-    assert half == ["15 of 30", "0 of 30", "0 of 10", "20 of 30", "35 of 100"]
+    assert half == ["12 of 25", "0 of 25", "0 of 10", "30 of 40", "42 of 100"]
 
 
 def test_best_of_four_of_the_untrained_model_is_better_by_a_better_judge():

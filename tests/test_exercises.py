@@ -177,12 +177,13 @@ WRONG = {
     ],
     "check_pairs_for_half": [("2 * 198", "shrinks with the root"), ("99", "fewer pairs, a wider interval")],
     "check_diagnosis": [
-        ("dict(A='healthy', B='bug', C='misled')", "A is not healthy"),
-        ("dict(A='misled', B='healthy', C='bug')", "B is not healthy"),
-        ("dict(A='misled', B='ill', C='bug')", "B is 'ill'; expected"),
-        ("dict(A='misled', B=..., C='bug')", "B has no answer yet"),
+        ("dict(A='healthy', B='bug', C='misled', D='hacked')", "A is not healthy"),
+        ("dict(A='misled', B='healthy', C='bug', D='hacked')", "B is not healthy"),
+        ("dict(A='misled', B='ill', C='bug', D='hacked')", "B is 'ill'; expected"),
+        ("dict(A='misled', B=..., C='bug', D='hacked')", "B has no answer yet"),
         ("'misled'", "expected diagnosis = dict("),
-        ("dict(A='bug', B='hacked', C='Healthy ')", "B is not misled"),
+        ("dict(A='bug', B='hacked', C='Healthy ', D='misled')", "D is not misled"),
+        ("dict(A='misled', B='bug', C='healthy')", "expected diagnosis = dict("),
     ],
     "check_place_score": [
         ("lambda penalties, score: [p + score for p in penalties]", "paid for its length"),

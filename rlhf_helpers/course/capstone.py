@@ -1,4 +1,4 @@
-"""The capstone, notebook 09: pairs that the learner labels, a reward model from them, three runs without their names, and what it
+"""The capstone, notebook 09: pairs that the learner labels, a reward model from them, four runs without their names, and what it
 all comes to once the gold is revealed."""
 
 import html
@@ -18,12 +18,13 @@ from rlhf_helpers.evaluation import chosen_of, paired_gain
 from rlhf_helpers.intervals import mean_interval, share_interval, two_level_interval
 
 PAIRS = 50
-BUDGET = CPU.ppo_config().kl_budget  # nats, of the healthy run and of the one with a bug
+BUDGET = CPU.ppo_config().kl_budget  # nats, of all blind runs but the misled one
 TRAINING = dict(epochs=8, batch_size=10)  # of the reward model: 40 steps, as 8 passes over so few pairs take
 FILES = {  # what the blind runs are, by the names that KEY gives them
     "healthy": "headline/frozen_seed8",
     "misled": "capstone/fifty_pairs_no_price_seed0",
     "bug": "capstone/score_on_the_first_token_seed0",
+    "hacked": "counting/frozen_seed1",  # of its three seeds the one whose gold fell
     "mended bug": "headline/frozen_seed0",  # the same seed and settings, the score on the last token
 }
 
@@ -188,11 +189,11 @@ def row(name, hits):
     }
 
 
-# ---------------------------------------------------------------- three runs without their names
+# ---------------------------------------------------------------- four runs without their names
 
 
 def blind():
-    """{"A": Log, "B": Log, "C": Log}: a healthy run, a misled one, and one with a bug, in an order that is told later."""
+    """{"A": Log, ..., "D": Log}: a healthy run, a misled one, a hacked one, and one with a bug, in an order that is told later."""
     return {letter: run_named(name) for letter, name in KEY.items()}
 
 
@@ -215,7 +216,7 @@ CURVES = {
     "length, tokens": lambda log: log.course_of("length"),
     "share that ends by itself": lambda log: log.course_of("ended"),
 }
-COLOURS = {"A": plots.BLUE, "B": plots.ORANGE, "C": plots.GREEN}  # of whatever else is drawn: purple
+COLOURS = {"A": plots.BLUE, "B": plots.ORANGE, "C": plots.GREEN, "D": plots.RED}  # of whatever else is drawn: purple
 
 
 def curves(logs, width=4):
@@ -242,19 +243,20 @@ def curves(logs, width=4):
 def label_ends(axis, ends):
     """The names beside the ends of the lines, moved apart where they would lie on each other."""
     low, high = axis.get_ylim()
-    gap, at = 0.09 * (high - low), -np.inf
+    gap, near, placed = 0.09 * (high - low), 0.1 * max(x for _, x, _, _ in ends), []
     for y, x, name, colour in sorted(ends):
-        at = max(y, at + gap)
+        at = max([y, *(other + gap for other, where in placed if abs(x - where) < near)])
+        placed.append((at, x))
         axis.annotate(f" {name}", (x, at), color=colour, fontsize=plots.TEXT, va="center", fontweight="bold")
     axis.margins(x=0.09)
 
 
-def samples(logs, at=(0, 11, -2, -1), row=0):
-    """What each run wrote at some of its steps, as plain text, with the score that the run was paid for it."""
+def samples(logs, at=(0, 0.5, -2, -1), row=0):
+    """What each run wrote at some of its steps (0.5: half-way), as plain text, with the score that the run was paid for it."""
     lines = []
     for name, log in logs.items():
         for step in at:
-            number = step % len(log.steps)
+            number = (len(log.steps) // 2 - 1 if step == 0.5 else step) % len(log.steps)
             one = log.steps[number]
             text = " ".join(one["texts"][row].split())
             lines.append(f"{name}, step {number + 1} ({one['scores'][row]:+.1f}): {one['prompts'][row]}")
@@ -332,11 +334,11 @@ def scorecard(pairs, labels, accuracy, course_accuracy, guessed, happened, diagn
     beyond = lambda share: max(0.0, 2 * share - 1)  # a coin earns nothing
     said = "nothing" if guessed is ... else guessed
     rows = [
-        (30 * sum(labels.own) / PAIRS * beyond(np.mean(hits) if hits else 0.5), 30, "labels",
+        (25 * sum(labels.own) / PAIRS * beyond(np.mean(hits) if hits else 0.5), 25, "labels",
          f"{len(own)} of yours, the rule agrees with {sum(hits)}" if own else "none of yours"),
-        (30 * min(1.0, beyond(accuracy) / (beyond(course_accuracy) or 1.0)), 30, "reward model", f"yours {accuracy:.0%}, the course's {course_accuracy:.0%}"),
+        (25 * min(1.0, beyond(accuracy) / (beyond(course_accuracy) or 1.0)), 25, "reward model", f"yours {accuracy:.0%}, the course's {course_accuracy:.0%}"),
         (10 * (guesses.as_letter(guessed, GOLD_LESSONS) == happened), 10, "gold of your run", f"you said {said}, it was {happened}"),
-        (10 * right_diagnoses(diagnosis), 30, "diagnoses", f"{right_diagnoses(diagnosis)} of 3 right"),
+        (10 * right_diagnoses(diagnosis), 40, "diagnoses", f"{right_diagnoses(diagnosis)} of {len(KEY)} right"),
     ]  # fmt: skip
     table = [dict(what=what, points=f"{points:.0f} of {most}", because=why) for points, most, what, why in rows]
     return [*table, dict(what="in all", points=f"{sum(row[0] for row in rows):.0f} of 100", because="")]

@@ -8,21 +8,29 @@ from rlhf_helpers.course.grading import function, not_a_config, number, say, sho
 __all__ = ["check_diagnosis", "check_one_setting", "check_pairs_for_half", "check_place_score"]
 
 BLOCK = 10  # pairs on one screen
-KEY = {"A": "misled", "B": "bug", "C": "healthy"}  # what the blind runs are
+KEY = {"A": "misled", "B": "bug", "C": "healthy", "D": "hacked"}  # what the blind runs are
 
 # {what a run is: {what a learner may take it for: what that overlooks}}
 LESSONS = {
     "healthy": {
         "misled": "its KL stays near the budget of 9, and each text is about its own prompt. What would you want that it does not do?",
         "bug": "a bug would have to show somewhere: here score, KL, length and the share of finished answers all move as in notebook 05",
+        "hacked": "a hacked run's answers get worse while its score rises. Set its last texts beside its first: which would the annotator miss?",
     },
     "misled": {
         "healthy": "its score rises and its answers end, and nothing held it: hold its KL against the budget of 9 nats, and ask whether its last texts are what the annotator likes, or only short",
         "bug": "it does what it was told: it is paid more and more. What it is told is wrong, which no line of the code can show",
+        "hacked": "weigh what its answers lost against what they won: something is missing at the end, and something else, which the annotator wants as much, is there far more often than at first",
+    },
+    "hacked": {
+        "healthy": "its score rises and its KL is within the budget, as a healthy run's. Now read how its last answers end, and how its first ones do",
+        "bug": "its score rises: what it is paid for, it learns. A bug between score and update would show there",
+        "misled": "a misled run leaves out a part. Weigh this one's last answers against its first: would the annotator rather have had those?",
     },
     "bug": {
         "healthy": "its score at the end is about where it began, though its KL says that the weights moved. A run that learns is paid more",
         "misled": "a misled run is paid for what it does. This one is not: its score has hardly moved",
+        "hacked": "a hacked run's score rises while its answers get worse. This one's score does not rise",
     },
 }
 
@@ -63,7 +71,7 @@ def check_pairs_for_half(answer):
 
 
 def check_diagnosis(answer):
-    """{"A": ..., "B": ..., "C": ...}, each "healthy", "misled" (or "hacked") or "bug"."""
+    """{"A": ..., ..., "D": ...}, each "healthy", "misled", "hacked" or "bug"."""
     given, wrong = read_diagnosis(answer)
     if wrong:
         return say(False, wrong)
@@ -73,28 +81,27 @@ def check_diagnosis(answer):
         if given[letter] != truth
     ]
     if not lines:
-        return say(True, "all three, from curves and texts alone")
+        return say(True, "all four, from curves and texts alone")
     say(False, f"{len(KEY) - len(lines)} of {len(KEY)} right\n" + "\n".join(f"  {line}" for line in lines))
 
 
 def read_diagnosis(answer):
     """(diagnosis by letter, what is wrong with it or None)."""
     if answer is ... or (type(answer) is dict and answer and all(value is ... for value in answer.values())):
-        return {}, "no answer yet: put healthy, misled or bug, in quotes, where the dots are"
+        return {}, "no answer yet: put healthy, misled, hacked or bug, in quotes, where the dots are"
     if type(answer) is not dict or set(map(str, answer)) != set(KEY):
-        return {}, 'expected diagnosis = dict(A="...", B="...", C="...")'
+        return {}, 'expected diagnosis = dict(A="...", B="...", C="...", D="...")'
     given = {letter: value.strip().lower() if isinstance(value, str) else value for letter, value in answer.items()}
-    given = {letter: "misled" if isinstance(value, str) and value == "hacked" else value for letter, value in given.items()}
     for letter, value in given.items():
         if value is ...:
             return {}, f"{letter} has no answer yet"
         if not isinstance(value, str) or value not in LESSONS:
-            return {}, f'{letter} is {shown(value)}; expected "healthy", "misled" or "bug"'
+            return {}, f'{letter} is {shown(value)}; expected "healthy", "misled", "hacked" or "bug"'
     return given, None
 
 
 def right_diagnoses(answer):
-    """How many of the three are right; 0 for what cannot be read."""
+    """How many of the four are right; 0 for what cannot be read."""
     given, _ = read_diagnosis(answer)
     return sum(given.get(letter) == truth for letter, truth in KEY.items())
 
