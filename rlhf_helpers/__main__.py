@@ -2,11 +2,13 @@
 
 import argparse
 import dataclasses
+import os
 import signal
 import sys
 import time
 import types
 import typing
+import warnings
 from pathlib import Path
 
 import rlhf_helpers
@@ -23,8 +25,8 @@ PEFT loads, with everything needed to go on), saved every --save_every steps.
 
 Nothing is lost: Ctrl-C finishes the step and saves, and the same command goes on where it was, to the last bit, after a kill or
 a power cut too. Other settings in the same folder are refused, except --steps, --kl_budget, --log_with. --fresh begins anew.
-The exit status is 0, 2 after bad input or a full disk, 130 after Ctrl-C, 143 after SIGTERM, 1 after a fault of the program;
-of --check, 1 where this machine lacks something.
+The exit status is 0, 2 after bad input or a full disk, 130 after Ctrl-C, 143 after SIGTERM, 141 where nobody reads the output any
+more (a pipe), 1 after a fault of the program; of --check, 1 where this machine lacks something.
 
 examples:
   python -m rlhf_helpers                                   the course's run on two CPU cores, 5 to 15 minutes
@@ -99,7 +101,7 @@ def optional(kind):
 
 def main(arguments=None):
     """Run the command line. Returns the exit status: 0; 2 after one sentence on what is wrong with the input or the disk; 130
-    after Ctrl-C, 143 after SIGTERM. Anything else that is raised is a fault of the program."""
+    after Ctrl-C, 143 after SIGTERM, 141 after a pipe that nobody reads. Anything else that is raised is a fault of the program."""
     for stream in (sys.stdout, sys.stderr):  # a file or a pipe in another encoding gets ? for what that lacks, and no error
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -109,14 +111,21 @@ def main(arguments=None):
             if options.check:
                 from rlhf_helpers.machine import check
 
-                return check()
-            return run(options)
+                status = check()
+            else:
+                status = run(options)
+            sys.stdout.flush()
+            return status
     except InputError as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         print("stopped; what was saved stays, and the same command goes on from there", file=sys.stderr)
         return 128 + getattr(error, "signum", signal.SIGINT)
+    except BrokenPipeError:  # `... | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python's own flush at the end may write
+        print("stopped: nobody reads this output any more; what was saved stays, and the same command goes on", file=sys.stderr)
+        return 128 + 13
     except OSError as error:
         if not is_no_place(error):
             raise
@@ -131,7 +140,9 @@ class Job:
     profile: object
     config: object
     prompts: list
+    prompts_file: object
     heldout: list
+    heldout_file: object
     steps: int
     save_every: int
     output: Path
@@ -169,7 +180,7 @@ def checked(options):
         raise InputError(f"--output {output}: is a file; expected a folder")
     reward_folder = given("reward_model", lambda: project_root() / profile.reward_model)
     how = (options.save_every, output, options.fresh, options.resume, reward_folder, started, options.shard)
-    return Job(profile, config, prompts, heldout, steps, *how)
+    return Job(profile, config, prompts, prompts_file, heldout, heldout_file, steps, *how)
 
 
 def run(options):
@@ -234,6 +245,7 @@ def last_screen(summary, samples, job, saved):
 def train(job, reward, saved, processes):
     """Everything after the preparations: PPO, from the beginning or from where it was, and what it brought."""
     from rlhf_helpers.evaluation import evaluate
+    from rlhf_helpers.keeper import Keeper
     from rlhf_helpers.models import load_policy
     from rlhf_helpers.quirks import leave_processes
     from rlhf_helpers.shard import bytes_held
@@ -242,6 +254,7 @@ def train(job, reward, saved, processes):
     processes.print(f"loading {job.profile.model}", flush=True)
     policy, tokenizer = load_policy(job.profile, seed=job.config.seed, sharded=job.shard)
     trainer = PPOTrainer(config=job.config, model=policy, ref_model=None, tokenizer=tokenizer)
+    check_lengths(job, trainer)
     keeper = Keeper(job, trainer)
     before = keeper.go_on(saved, reward) if saved else keeper.begin(reward)
     if processes.is_main_process:
@@ -272,107 +285,14 @@ def train(job, reward, saved, processes):
     return 0
 
 
-class Keeper:
-    """Keeps a run on disk as it grows, and prints one line a step. All processes have one, the main one writes."""
-
-    def __init__(self, job, trainer):
-        self.job, self.trainer, self.times, self.saved_at = job, trainer, [], None
-        self.main = trainer.accelerator.is_main_process
-        self.checkpoint, self.log = job.output / "checkpoint", job.output / "history.jsonl"
-
-    def begin(self, reward):
-        """A new run: measures the base policy and saves step 0. Only then what an earlier run left is gone."""
-        from rlhf_helpers.evaluation import evaluate
-        from rlhf_helpers.run import remove_results
-
-        job, trainer = self.job, self.trainer
-        if reward.std == 1.0 and reward.mean == 0.0:  # a reward model from elsewhere: standardise it as ours is
-            standardise_on_base(trainer, reward, job.prompts)
-        trainer.accelerator.print(f"held-out prompts: {len(job.heldout)}, with 4 samples each, before training", flush=True)
-        before = evaluate(trainer, job.heldout, reward, samples=4, reference=True)
-        if job.resume is not None:
-            trainer.resume(job.resume)
-            trainer.accelerator.print(f"resumed at step {trainer.steps_done}", flush=True)
-        self.extra = dict(
-            settings=job.settings | {"--resume": job.resume},
-            standardisation=[reward.mean, reward.std],
-            before=before.records(),
-        )
-        self.save()
-        if self.main:
-            remove_results(job.output)
-            save_jsonl(self.log, trainer.history)
-        return before
-
-    def go_on(self, saved, reward):
-        """The run in the checkpoint; steps after it in the log were lost, and are cut. Results of fewer steps are gone."""
-        from rlhf_helpers.evaluation import Evaluation
-        from rlhf_helpers.run import remove_results
-
-        try:
-            before = Evaluation.of_records(saved["extra"]["before"])
-        except InputError as error:
-            raise InputError(f"{self.checkpoint}: extra before, {error}") from None
-        self.trainer.resume(self.checkpoint)
-        self.extra, self.saved_at = saved["extra"], self.trainer.steps_done
-        reward.mean, reward.std = self.extra["standardisation"]
-        self.job.seconds_before = self.extra["seconds"]
-        if self.main:
-            if self.saved_at < self.job.steps:
-                remove_results(self.job.output)
-            save_jsonl(self.log, self.trainer.history)
-            done = f"{self.saved_at} of {self.job.steps}"
-            print(f"going on from step {done} in {self.job.output}; --fresh begins anew", flush=True)
-        return before
-
-    def seconds(self):
-        """Of all starts of this run together."""
-        return self.job.seconds_before + time.perf_counter() - self.job.started
-
-    def save(self):
-        """Keep this step, unless it is kept already."""
-        if self.saved_at != self.trainer.steps_done:
-            now = dict(seconds=self.seconds(), budget_spent=self.trainer.kl_budget_spent())
-            self.trainer.save(self.checkpoint, extra=self.extra | now)
-            self.saved_at = self.trainer.steps_done
-
-    def __call__(self, trainer, stats):
-        from rlhf_helpers.run import append_json
-
-        if self.main:
-            append_json(self.log, trainer.history[-1])
-            print(self.line(stats), flush=True)
-        if trainer.steps_done % self.job.save_every == 0:
-            self.save()
-
-    def line(self, stats):
-        """What a step came to."""
-        seconds = stats["time/generate"] + stats["time/reward"] + stats["time/ppo/total"]
-        self.times.append(seconds)
-        left = sum(self.times) / len(self.times) * (self.job.steps - self.trainer.steps_done) / 60
-        return (
-            f"step {self.trainer.steps_done:3d}/{self.job.steps}  score {stats['ppo/mean_scores']:+.2f}  "
-            f"kl {stats['objective/kl']:6.2f}  entropy {stats['ppo/policy/entropy']:.2f}  "
-            f"value loss {stats['ppo/loss/value']:.3f}  "
-            f"length {stats['tokens/responses_len_mean']:.0f}  {seconds:.1f} s  {left:.1f} min left"
-        )
-
-
-def standardise_on_base(trainer, reward, prompts, count=64, batch_size=32):
-    """Measure the reward model's mean and deviation on `count` samples of the base policy on training prompts."""
-    import torch
-
-    from rlhf_helpers import progress
-
-    prompts, queries = trainer.encode((prompts * count)[:count])
-    generator, responses = torch.Generator().manual_seed(0), []
-    with progress.bar(len(queries), "standardising the reward", "samples", trainer.accelerator.is_main_process) as done:
-        for start in range(0, len(queries), batch_size):
-            responses += trainer.generate(queries[start : start + batch_size], reference=True, generator=generator)
-            done.update(len(responses) - done.n)
-    reward.standardise(prompts, trainer.decode(responses))
-    found = f"mean {reward.mean:.3f}, deviation {reward.std:.3f}"
-    trainer.accelerator.print(f"reward model: standardised on {len(prompts)} samples of the base model, {found}")
+def check_lengths(job, trainer):
+    """Raises InputError, with the file, where no prompt of it leaves room for a response. Those that do not are told later."""
+    for file, prompts in ((job.prompts_file, job.prompts), (job.heldout_file, job.heldout)):
+        with warnings.catch_warnings(action="ignore"):
+            try:
+                trainer.encode(prompts)
+            except InputError as error:
+                raise InputError(f"{file}: {str(error).removeprefix('prompts: ')}") from None
 
 
 # ---------------------------------------------------------------- results

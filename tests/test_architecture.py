@@ -45,6 +45,7 @@ FLOORS = {
     4: (
         "course.run_figures",
         "__main__",
+        "keeper",
         "trl_bridge",
         "course.two_processes",
         "course.variants",
@@ -61,7 +62,7 @@ MODULES = {NAME(path): path for path in ROOT.rglob("*.py") if path.stem != "__in
 # What may be imported on one's own floor.
 SAME_FLOOR = {("pairwise", "reward"), ("reward", "pairwise"), ("data", "errors"), ("config", "errors"), ("config", "files"), ("assets", "config"), ("assets", "files"), ("data", "files"), ("assets", "errors"),
               ("assets", "quirks"), ("files", "errors"), ("models", "machine"), ("sampling", "models"), ("sampling", "fast"), ("shard", "machine"),
-              ("fast", "models"), ("models", "shard"), ("fast", "shard"), ("sampling", "shard"), ("assets", "progress"), ("dpo", "trl_bridge"), ("trainer", "loop"),
+              ("fast", "models"), ("models", "shard"), ("fast", "shard"), ("sampling", "shard"), ("assets", "progress"), ("dpo", "trl_bridge"), ("trainer", "loop"), ("__main__", "keeper"),
               ("course.exercises", "course.first_exercises"),
               ("course.exercises", "course.more_exercises"), ("course.exercises", "course.part_exercises"),
               ("course.exercises", "course.loop_exercises"), ("course.exercises", "course.capstone_exercises"),

@@ -17,11 +17,12 @@ from safetensors.torch import load_file, save_file
 
 import rlhf_helpers
 from rlhf_helpers import assets, machine
-from rlhf_helpers.__main__ import Keeper, main, parser
+from rlhf_helpers.__main__ import main, parser
 from rlhf_helpers.assets import Asset
 from rlhf_helpers.config import PPO_FIELDS
 from rlhf_helpers.data import read_jsonl, save_jsonl
 from rlhf_helpers.files import aside, write_manifest
+from rlhf_helpers.keeper import Keeper
 from rlhf_helpers.run import digest_of_model
 from rlhf_helpers.trainer import PPOTrainer
 from tests import tiny
@@ -500,6 +501,21 @@ def test_one_held_out_prompt_is_enough(count, home, start, capsys):
     save_jsonl(home / "judge.jsonl", [{"prompt": "t40"}, {"prompt": "t41 t42"}][:count])
     assert exit_status(start("--heldout", "judge.jsonl", steps=1)) == 0, capsys.readouterr().err
     assert len(read_jsonl(home / "run" / "samples.jsonl")) == 2 * count and numbers(home / "run")["steps"] == 1
+
+
+@pytest.mark.parametrize("option", ["--prompts", "--heldout"])
+def test_a_file_whose_prompts_are_all_too_long_is_named_before_anything_is_sampled(option, home, start, capsys):
+    save_jsonl(home / "long.jsonl", [{"prompt": "t1 " * 5000}])
+    assert exit_status(start(option, "long.jsonl")) == 2
+    assert "error: long.jsonl: none of 1 fits into " in capsys.readouterr().err and not (home / "run" / "checkpoint").exists()
+
+
+def test_a_pipe_that_nobody_reads_is_one_sentence(home, monkeypatch):
+    command = [sys.executable, "-m", "rlhf_helpers", "--check"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV) as process:
+        process.stdout.close()
+        error = process.stderr.read()
+    assert process.returncode == 141 and error.startswith("stopped: nobody reads this output") and len(error.splitlines()) == 1
 
 
 def test_a_fault_of_the_program_shows_itself(home, start, at_step):

@@ -44,6 +44,7 @@ from rlhf_helpers.config import PPO_FIELDS, PPOConfig
 from rlhf_helpers.data import load_preferences, load_prompts, read_jsonl, save_jsonl
 from rlhf_helpers.errors import InputError
 from rlhf_helpers.files import MANIFEST, write_manifest
+from rlhf_helpers.keeper import Keeper
 from tests import tiny
 
 STEPS, RESULTS = 6, ("summary.json", "samples.jsonl", "history.jsonl", "curves.png", "checkpoint", ".lock")
@@ -122,7 +123,7 @@ def started(arguments, log, saved=None, at_step=None):
         os.dup2(descriptor, 1), os.dup2(descriptor, 2)
         # Streams of its own: this process's own may remember a file that can be sought in, where now is a pipe.
         sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
-        save = script.Keeper.save
+        save = Keeper.save
 
         def telling(keeper):
             if at_step:
@@ -132,7 +133,7 @@ def started(arguments, log, saved=None, at_step=None):
                 with open(saved, "a") as file:
                     file.write(f"{keeper.trainer.steps_done}\n")
 
-        script.Keeper.save = telling
+        Keeper.save = telling
         return script.main(arguments)
 
     return forked(work)
