@@ -1,6 +1,7 @@
 """Fixtures that several files of unit tests share: everything is made here, nothing is downloaded. What takes seconds to
 import is imported where it is used: a file that needs no model starts at once."""
 
+import gc
 import signal
 
 import pytest
@@ -23,6 +24,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_is_imported_is_not_searched():
+    """`gc.collect`, which loading a model and leaving a run call, looks at what a file of tests made, and not at the million objects
+    of the libraries: that takes half a second each time."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ from rlhf_helpers import assets, machine
 from rlhf_helpers.__main__ import main, parser
 from rlhf_helpers.assets import Asset
 from rlhf_helpers.config import PPO_FIELDS
+from rlhf_helpers.course import plots
 from rlhf_helpers.data import read_jsonl, save_jsonl
 from rlhf_helpers.files import aside, write_manifest
 from rlhf_helpers.keeper import Keeper
@@ -40,6 +41,18 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("RLHF_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def drawn():
+    """Asked for by a test whose figures are to be drawn."""
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request, monkeypatch):
+    """To draw the curves takes longer than a run on tiny models."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr(plots, "png", lambda figure, dpi=160: b"not drawn")
 
 
 def files(folder):
@@ -178,9 +191,10 @@ def at_step(monkeypatch):
     return plan
 
 
-def test_a_whole_run_writes_what_the_help_says_and_another_may_begin_with_it(home, start, capsys):
+def test_a_whole_run_writes_what_the_help_says_and_another_may_begin_with_it(home, start, capsys, drawn):
     assert exit_status(start(steps=2)) == 0, capsys.readouterr().err
     run = home / "run"
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
     wanted = {".lock", "summary.json", "history.jsonl", "samples.jsonl", "curves.png", "checkpoint"}
     assert {path.name for path in run.iterdir()} == wanted
     summary = json.loads((run / "summary.json").read_text())

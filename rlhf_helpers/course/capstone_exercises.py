@@ -13,23 +13,23 @@ KEY = {"A": "misled", "B": "bug", "C": "healthy", "D": "hacked"}  # what the bli
 # {what a run is: {what a learner may take it for: what that overlooks}}
 LESSONS = {
     "healthy": {
-        "misled": "its KL stays near the budget of 9, and each text is about its own prompt. What would you want that it does not do?",
+        "misled": "its last texts are whole, most are warm, and each is about its own prompt. Which part would you say it lost?",
         "bug": "a bug would have to show somewhere: here score, KL, length and the share of finished answers all move as in notebook 05",
-        "hacked": "a hacked run's answers get worse while its score rises. Set its last texts beside its first: which would the annotator miss?",
+        "hacked": "a hacked run's answers get worse while its score rises. Set its last texts beside its first: which would earn more of the annotator?",
     },
     "misled": {
-        "healthy": "its score rises and its answers end, and nothing held it: hold its KL against the budget of 9 nats, and ask whether its last texts are what the annotator likes, or only short",
+        "healthy": "its score rises and its answers end. But its KL goes to twice the budget, and its last texts are short: what do they lack that the annotator likes?",
         "bug": "it does what it was told: it is paid more and more. What it is told is wrong, which no line of the code can show",
-        "hacked": "weigh what its answers lost against what they won: something is missing at the end, and something else, which the annotator wants as much, is there far more often than at first",
+        "hacked": "weigh what its answers lost against what they won: by its last steps one thing that the annotator wants is gone, and another is there far more often than at first. Which weighs more?",
     },
     "hacked": {
-        "healthy": "its score rises and its KL is within the budget, as a healthy run's. Now read how its last answers end, and how its first ones do",
-        "bug": "its score rises: what it is paid for, it learns. A bug between score and update would show there",
-        "misled": "a misled run leaves out a part. Weigh this one's last answers against its first: would the annotator rather have had those?",
+        "healthy": "its score rises, and the budget ended it as it ended a healthy run. Now read its last texts to their last word, and look at the curve that goes with that",
+        "bug": "its score rises: what it is paid for, it learns. A masked EOS could look like this, but which run would be hacked then? Each name is used once",
+        "misled": "in a misled run what is won makes up for what is lost. Here one thing is won and one is lost: what does each weigh for the annotator?",
     },
     "bug": {
-        "healthy": "its score at the end is about where it began, though its KL says that the weights moved. A run that learns is paid more",
-        "misled": "a misled run is paid for what it does. This one is not: its score has hardly moved",
+        "healthy": "its score ends no higher than it began, though its KL says that the weights moved. A run that learns is paid more",
+        "misled": "a misled run is paid more and more. This one is not: its score has not risen",
         "hacked": "a hacked run's score rises while its answers get worse. This one's score does not rise",
     },
 }
