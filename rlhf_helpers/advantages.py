@@ -22,13 +22,15 @@ def batch_mean(rollout, config, total=ppo.alone):
 
 
 def leave_one_out(rollout, config, total=ppo.alone):
-    """The return less the mean of the prompt's other responses (RLOO; Kool et al. 2019)."""
+    """The return less the mean of the prompt's other responses (RLOO; Kool et al. 2019). That is k / (k - 1) times `group_mean`, a
+    factor which `of_responses` takes out again: here the two are one method."""
     k, groups = config.num_generations, by_prompt(rollout, config)
     return of_responses(rollout, (groups - groups.mean(1, keepdim=True)) * k / (k - 1), total)
 
 
 def group_mean(rollout, config, total=ppo.alone):
-    """The return less the mean of the prompt's responses, itself included ("Dr. GRPO", Liu et al. 2025, arXiv:2503.20783)."""
+    """The return less the mean of the prompt's responses, itself included: the baseline of "Dr. GRPO" (Liu et al. 2025,
+    arXiv:2503.20783), which has no scaling of the batch either."""
     groups = by_prompt(rollout, config)
     return of_responses(rollout, groups - groups.mean(1, keepdim=True), total)
 

@@ -48,6 +48,7 @@ class State:
     steps_done: int
     kl_coef: float
     history: list
+    rates: list  # of Adam's groups
 
 
 # ---------------------------------------------------------------- save
@@ -89,6 +90,7 @@ def _write(trainer, folder, everyones, extra):
         version=VERSION,
         steps_done=trainer.steps_done,
         kl_coef=trainer.kl_coef,
+        learning_rates=rates_of(trainer),
         num_processes=trainer.accelerator.num_processes,
         config=vars(trainer.config),
         extra=extra,
@@ -120,7 +122,13 @@ def state_of(trainer):
     moments = trainer.optimizer.state_dict()["state"]
     named = _trained(trainer)
     adam = {name: {key: moments[index][key] for key in ADAM} for index, (name, _) in enumerate(named) if moments.get(index)}
-    return State(dict(named), adam, random_states(trainer), trainer.steps_done, trainer.kl_coef, trainer.history)
+    so_far = (trainer.steps_done, trainer.kl_coef, trainer.history, rates_of(trainer))
+    return State(dict(named), adam, random_states(trainer), *so_far)
+
+
+def rates_of(trainer):
+    """The learning rates of Adam's groups, the policy's and the value head's: the config's, unless somebody changed them on the way."""
+    return [float(group["lr"]) for group in trainer.optimizer.param_groups]
 
 
 def random_states(trainer):
@@ -152,16 +160,21 @@ def load_checkpoint(trainer, folder, strict=True):
     """Bring the trainer to the state in `folder`. Raises InputError, changing nothing, if `folder` is not a whole checkpoint of
     this model and this number of processes, or was written under other settings than the trainer's (FREE ones aside).
 
-    With `strict=False` the trainer's settings may differ, and hold from here on. So does its init_kl_coef: the KL coefficient
-    is the checkpoint's only where both began with the same."""
+    With `strict=False` the trainer's settings may differ, and hold from here on. So do its init_kl_coef and its learning rates: the
+    KL coefficient and Adam's rates are the checkpoint's only where both began with the same."""
     folder, about = _read(folder)
     processes = about["num_processes"]
     _check_settings(folder, about, trainer.config, trainer.accelerator.num_processes, strict)
     _check_adapters(folder, trainer.model.pretrained_model)
     same_price = trainer.config.init_kl_coef == about["config"]["init_kl_coef"]
     kl_coef = about["kl_coef"] if same_price else trainer.config.init_kl_coef
+    same_rates = all(
+        getattr(trainer.config, name) == about["config"][name] for name in ("learning_rate", "value_learning_rate")
+    )
+    rates = about.get("learning_rates") if same_rates else None  # those from before there was such a field have none
     history = _read_history(folder, about["steps_done"])
     state = _read_tensors(trainer, folder, processes, about["steps_done"], kl_coef, history)
+    state.rates = rates or rates_of(trainer)
 
     before = state_of(trainer)
     before.parameters, before.adam, before.history = _copy(before.parameters), _copy(before.adam), list(before.history)
@@ -243,6 +256,10 @@ def checked_about(where, about):
     need("version", lambda value: whole(value) and value == VERSION, f"{VERSION}")
     need("steps_done", lambda value: whole(value) and 0 <= value < 2**31, "a whole number from 0")
     need("kl_coef", lambda value: type(value) in (int, float) and 0 <= value < 1e300, "a finite number from 0")
+    rate = lambda value: type(value) in (int, float) and 0 <= value < 1e300
+    rates = lambda value: type(value) is list and len(value) == 2 and all(map(rate, value))
+    if isinstance(about, dict) and "learning_rates" in about:
+        need("learning_rates", rates, "the rates of the policy and of the value head, numbers from 0")
     need("num_processes", lambda value: whole(value) and 1 <= value < 2**16, "a whole number from 1")
     need("extra", lambda value: isinstance(value, dict), "an object")
     need("config", lambda value: isinstance(value, dict), "an object")
@@ -321,7 +338,7 @@ def _read_tensors(trainer, folder, processes, steps_done, kl_coef, history):
             _set_random(states, trainer.generator.device)
         except (ValueError, TypeError, OverflowError, RuntimeError) as error:
             raise InputError(f"{path}: a random state cannot be used ({reason(error)}); expected one that was saved") from error
-    return State(parameters, adam, everyones[trainer.accelerator.process_index], steps_done, kl_coef, history)
+    return State(parameters, adam, everyones[trainer.accelerator.process_index], steps_done, kl_coef, history, [])
 
 
 def _kind(tensor):
@@ -338,7 +355,9 @@ def _put(trainer, state):
         for name, parameter in named:
             parameter.copy_(state.parameters[name])
     moments = {index: dict(state.adam[name]) for index, (name, _) in enumerate(named) if name in state.adam}
-    trainer.optimizer.load_state_dict({"state": moments, "param_groups": trainer.optimizer.state_dict()["param_groups"]})
+    groups = trainer.optimizer.state_dict()["param_groups"]
+    groups = [group | dict(lr=rate) for group, rate in zip(groups, state.rates, strict=True)]
+    trainer.optimizer.load_state_dict({"state": moments, "param_groups": groups})
     _set_random(state.random, trainer.generator.device, trainer.generator)
     trainer.steps_done, trainer.kl_coef, trainer.history = state.steps_done, state.kl_coef, state.history
 

@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+from rlhf_helpers.classic import CONFIG, instead
 from rlhf_helpers.errors import InputError, MissingInput
 from rlhf_helpers.files import is_whole_unicode
 
@@ -90,9 +91,8 @@ class PPOConfig:
     def __new__(cls, *_, **settings):
         for name, value in settings.items():
             if name not in cls.__dataclass_fields__:
-                raise InputError(
-                    f"PPOConfig has no setting {name} (given as {value!r:.80}); expected one of {', '.join(cls.__dataclass_fields__)}"
-                )
+                known = instead(name, CONFIG) or f"; expected one of {', '.join(cls.__dataclass_fields__)}"
+                raise InputError(f"PPOConfig has no setting {name} (given as {value!r:.80}){known}")
         return super().__new__(cls)
 
     def __post_init__(self):

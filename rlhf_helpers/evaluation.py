@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 
 from rlhf_helpers import progress
 from rlhf_helpers.course.gold import distinct2, gold_reward, is_whole
+from rlhf_helpers.data import checked_list
 from rlhf_helpers.errors import InputError
 from rlhf_helpers.files import is_whole_unicode, shown
 from rlhf_helpers.intervals import mean_interval
@@ -83,12 +84,13 @@ def evaluate(trainer, prompts, reward_fn, samples=2, seed=1234, batch_size=40, r
     is 0. The prompts must differ. The trainer is not changed. Several processes share the prompts (some may get
     none), and all of them get the whole Evaluation."""
     check_whole("evaluate", 1, samples=samples, batch_size=batch_size)
-    prompts, _ = trainer.encode(prompts)
+    met, prompts = set(), checked_list("evaluate: prompts", prompts)
     for row, prompt in enumerate(prompts):
-        if prompt in prompts[:row]:
+        if isinstance(prompt, str) and (prompt in met or met.add(prompt)):
             raise InputError(
                 f"evaluate: prompts[{row}] is {shown(prompt)} again; expected different ones (samples= gives each several answers)"
             )
+    prompts, _ = trainer.encode(prompts)
     prompts = [prompt for prompt in prompts for _ in range(samples)]
     with trainer.accelerator.split_between_processes(prompts) as part:
         seed += trainer.accelerator.process_index
@@ -130,7 +132,11 @@ def kl_of(rollout):
 
 def paired_gain(prompts, before, after):
     """(mean gain, (low, high)): 95 % bootstrap interval over prompts of after - before, a prompt's samples kept together."""
-    gains = {}
+    gains, sizes = {}, (len(prompts), len(before), len(after))
+    if len(set(sizes)) > 1:
+        raise InputError(
+            f"paired_gain: {sizes[0]} prompts, {sizes[1]} numbers before and {sizes[2]} after; expected as many of each"
+        )
     for prompt, gain in zip(prompts, np.asarray(after) - np.asarray(before)):
         gains.setdefault(prompt, []).append(gain)
     return mean_interval([np.mean(values) for values in gains.values()])
@@ -139,6 +145,9 @@ def paired_gain(prompts, before, after):
 def best_of(evaluation, count):
     """(reward, gold): means over prompts of the answer that the reward model likes best among `count` to each: what sampling
     `count` times brings without any training."""
+    check_whole("best_of", 1, count=count)
+    if count > evaluation.samples:
+        raise InputError(f"best_of: count is {count}; expected at most {evaluation.samples}, the answers to each prompt")
     rewards, gold = evaluation.by_prompt(evaluation.rewards), evaluation.by_prompt(evaluation.gold)
     return tuple(float(chosen_of(rewards, values, count).mean()) for values in (rewards, gold))
 

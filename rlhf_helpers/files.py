@@ -203,7 +203,7 @@ def shown(value):
     """A value in an error message: its beginning, on one line."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = 60
-    return short.repr(value)
+    return re.sub(r"\s*\n\s*", " ", short.repr(value))
 
 
 def is_whole_unicode(text):

@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from rlhf_helpers import fast, parts, progress, sampling
+from rlhf_helpers import classic, fast, parts, progress, sampling
 from rlhf_helpers.checkpoint import load_checkpoint, save_checkpoint
 from rlhf_helpers.interrupts import finishing
 from rlhf_helpers.rollout import checked_call
@@ -15,6 +15,9 @@ from rlhf_helpers.stats import Clock
 class Loop:
     """The part of `trainer.PPOTrainer` that is not PPO. Its state is made in `PPOTrainer.__init__`, but for `unpacked`, made at first
     use; and each response carries how it was drawn (`sampling.Drawn`), which `step` compares."""
+
+    def __getattr__(self, name):
+        raise AttributeError(f"PPOTrainer has no {name}{classic.instead(name, classic.TRAINER)}")
 
     # ------------------------------------------------------------ generate
 
@@ -27,7 +30,7 @@ class Loop:
         kwargs = dict(eos_token_id=self.eos_ids, pad_token_id=self.tokenizer.pad_token_id) | kwargs
         text, asked = self.model.config.get_text_config(), (max_new_tokens, batch_size, temperature, greedy)
         queries, batches, how, greedy = checked_call(queries, self.config, text, *asked, **kwargs)
-        responses, weights, length = [], None if reference else self._weights(), how[0]
+        responses, weights, (length, ends, _, temperature) = [], None if reference or greedy else self._weights(), how
         bar = progress.bar(length * len(batches), "sampling", "tokens", len(queries) > 16 and self.accelerator.is_main_process)
         with bar, sampling.reader_of(self.model, reference and (self.ref_model or True), self._fast_way()) as (lm, reader):
             for number, rows in enumerate(batches, 1):
@@ -35,7 +38,7 @@ class Loop:
                 bar.update(length * number - bar.n)  # all of them may have ended before
                 responses += drawn.responses
                 for query, response, logprobs, hidden in zip(rows, drawn.responses, drawn.logprobs, drawn.hidden):
-                    response.drawn = Drawn(query.clone(), response.clone(), logprobs, hidden, how[-1], weights)
+                    response.drawn = Drawn(query.clone(), response.clone(), logprobs, hidden, temperature, weights, ends)
         return [torch.cat([q, r]) for q, r in zip(queries, responses)] if return_prompt else responses
 
     def decode(self, responses):
@@ -131,4 +134,5 @@ class Loop:
         """Go on from a folder made by `save`, bitwise on a CPU. Raises InputError, changing nothing, if it does not fit: by default
         its settings must be those of this trainer."""
         load_checkpoint(self, folder, strict)
-        self.sampler_is_exact = False
+        last = self.history[-1] if self.history else {}
+        self.sampler_is_exact = last.get("step") == self.steps_done and last.get("objective/sampler_max_diff") == 0

@@ -254,6 +254,8 @@ def at_the_last(lm, tokens, attention, positions, cache, last):
             use_cache=True,
             logits_to_keep=last,
         )
+    if getattr(out, "past_key_values", None) is None:
+        raise InputError(f"{type(lm).__name__} keeps no past_key_values; expected a decoder with a key-value cache")
     return out.logits[:, -1], hidden[-1][:, -1], out.past_key_values
 
 

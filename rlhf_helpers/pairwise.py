@@ -18,7 +18,7 @@ from transformers import (
 from rlhf_helpers import progress
 from rlhf_helpers.data import load_preferences
 from rlhf_helpers.errors import InputError
-from rlhf_helpers.files import check_own, checked_path
+from rlhf_helpers.files import check_own, checked_path, shown
 from rlhf_helpers.machine import device_and_dtype, has_fast_bf16
 from rlhf_helpers.models import resolve
 from rlhf_helpers.reward import FORMAT_FILE, RewardModel, base_samples
@@ -67,6 +67,8 @@ def train_reward_model(pairs, folder, encoder="minilm-l6-v2", num_labels=1, epoc
     with step and loss. Mean and deviation are taken over all responses in the pairs, samples of the base policy. `pairs`: what
     `load_preferences` takes or gives. Raises InputError, before it trains, for pairs, sizes or a folder that cannot be used."""
     check_whole("train_reward_model", 1, batch_size=batch_size, epochs=epochs)
+    if isinstance(learning_rate, bool) or not isinstance(learning_rate, (int, float)) or not 0 < learning_rate < 1e30:
+        raise InputError(f"train_reward_model: learning_rate is {shown(learning_rate)}; expected a number above 0")
     check_own(checked_path("train_reward_model: folder", folder), FORMAT_FILE)  # before the minutes that training takes
     pairs = load_preferences(pairs)
     if len(pairs) < batch_size:
@@ -76,7 +78,9 @@ def train_reward_model(pairs, folder, encoder="minilm-l6-v2", num_labels=1, epoc
     torch.manual_seed(seed)  # the new score layer is random
     source = resolve(encoder)
     model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(source, num_labels=num_labels))
-    model.base_model.load_state_dict(AutoModel.from_pretrained(source, dtype=torch.float32).state_dict())
+    body = AutoModel.from_pretrained(source, dtype=torch.float32).state_dict()  # may have a pooler that the classifier lacks
+    if lacking := model.base_model.load_state_dict(body, strict=False).missing_keys:
+        raise InputError(f"{encoder}: no weights for {lacking[0]}; expected an encoder with all that its classifier has")
     rm = RewardModel(model, AutoTokenizer.from_pretrained(source), join, max_length=max_length)
     model.requires_grad_(True)
 

@@ -27,6 +27,10 @@ def check_parts(config, model, ref_model, tokenizer, advantages=None):
         raise TypeError(f"model is a {type(model).__name__}; expected PolicyWithValueHead(your_causal_lm)")
     if ref_model is not None and not isinstance(ref_model, torch.nn.Module):
         raise InputError(f"ref_model is {shown(ref_model)}; expected a causal language model, a PolicyWithValueHead, or None")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise InputError(
+            f"model has an encoder and a decoder ({type(bare(model)).__name__}); expected a decoder alone, a causal language model"
+        )
     if tokenizer is not None and not hasattr(tokenizer, "pad_token_id"):
         raise InputError(f"tokenizer is {shown(tokenizer)}; expected a tokenizer (models.load_tokenizer gives one)")
     if advantages is not None and not callable(advantages):

@@ -230,6 +230,8 @@ def base_samples(pairs):
 
 def pair_accuracy(reward_fn, pairs):
     """(accuracy, (low, high)): share of pairs whose chosen response scores higher, with a 95 % bootstrap interval."""
+    if not pairs:
+        raise InputError("pair_accuracy: no pairs; expected at least one")
     prompts = [pair["prompt"] for pair in pairs]
     chosen, rejected = (reward_fn(prompts, [pair[side] for pair in pairs]) for side in ("chosen", "rejected"))
     right = np.asarray([float(better) > float(worse) for better, worse in zip(chosen, rejected, strict=True)])

@@ -22,6 +22,7 @@ class Rollout:
     attention_mask: torch.Tensor  # (B, P + T) 1 on real tokens
     response_ids: torch.Tensor  # (B, T)
     mask: torch.Tensor  # (B, T) bool, from lengths
+    ended: torch.Tensor = None  # (B,) bool: it ends by itself
     weights: bytes = None  # the digest of what learns, when it was scored
     prompts: list = None  # B strings, as they were given to `train`, else decoded from the queries
     texts: list = None  # B strings: the responses without special tokens, what the reward function reads
@@ -67,13 +68,12 @@ def collate(queries, responses, scores, pad_id, device):
     )
 
 
-def clipped_scores(scores, responses, config, eos_ids):
-    """Scores (B,) within score_clip, less missing_eos_penalty for a response that does not end by itself."""
+def clipped_scores(scores, ended, config):
+    """Scores (B,) within score_clip, less missing_eos_penalty for a response that has not `ended`, (B,) bool, by itself."""
     if config.score_clip is not None:
         scores = scores.clamp(-config.score_clip, config.score_clip)
     if config.missing_eos_penalty is not None:
-        unfinished = torch.tensor([not set(eos_ids) & set(response.tolist()) for response in responses])
-        scores = scores - config.missing_eos_penalty * unfinished
+        scores = scores - config.missing_eos_penalty * ~ended
     return scores
 
 
@@ -106,23 +106,23 @@ def gae_advantages(rollout, config, total=ppo.alone):
 # ---------------------------------------------------------------- checked input
 
 
-def checked_batch(queries, responses, scores, size, config, expected=None, prompts=None):
-    """(queries, responses, scores, prompts) of one step: lists of `size` CPU LongTensors, one float tensor (B,), a list of str or
+def checked_batch(call, queries, responses, scores, size, config, expected=None, prompts=None):
+    """(queries, responses, scores, prompts) of one `call`, step or inspect: lists of `size` CPU LongTensors, one float tensor (B,), a list of str or
     None. `config`: a text model's. Raises InputError that names the row."""
     all_given = dict(queries=queries, responses=responses, scores=scores)
     if prompts is not None:
-        prompts = all_given["prompts"] = checked_list("step: prompts", prompts)
+        prompts = all_given["prompts"] = checked_list(f"{call}: prompts", prompts)
         for row, prompt in enumerate(prompts):
             if not isinstance(prompt, str):
-                raise InputError(f"step: prompts[{row}] is {shown(prompt)}; expected some text")
+                raise InputError(f"{call}: prompts[{row}] is {shown(prompt)}; expected some text")
     if size == 0:
         raise InputError("no responses; expected at least one")
     for name, given in all_given.items():
         if not is_list(given) or not hasattr(given, "__len__"):
-            raise InputError(f"step: {name} is {shown(given)}; expected a list, one for each response")
+            raise InputError(f"{call}: {name} is {shown(given)}; expected a list, one for each response")
         if len(given) != size:
-            raise InputError(f"step: {len(given)} {name}; expected {expected or size}")
-    scores = checked_scores("step", scores)
+            raise InputError(f"{call}: {len(given)} {name}; expected {expected or size}")
+    scores = checked_scores(call, scores)
     queries, responses = checked_ids("query", queries, config.vocab_size), checked_ids("response", responses, config.vocab_size)
     check_room(config, queries, map(len, responses))
     return queries, responses, scores, prompts
@@ -171,6 +171,8 @@ def checked_ids(name, sequences, vocabulary):
     checked = []
     if not is_list(sequences) or not hasattr(sequences, "__len__"):
         raise InputError(f"{name}: {shown(sequences)}; expected a list of 1-D LongTensors of token ids")
+    if (ndim := getattr(sequences, "ndim", 1)) > 1:
+        raise InputError(f"{name}: one tensor of {ndim} dimensions; expected a list of 1-D LongTensors, without padding")
     if len(sequences) == 0:
         raise InputError(f"no {name}: expected at least one, a 1-D LongTensor of token ids")
     for row, ids in enumerate(sequences):

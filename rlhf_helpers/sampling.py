@@ -139,7 +139,8 @@ class Drawn:
     logprobs: torch.Tensor  # (T,)
     hidden: torch.Tensor  # (T, H)
     temperature: float
-    weights: bytes  # a digest of all weights that learn; None if others drew it
+    weights: bytes  # a digest of all weights that learn; None if others drew it, or the likeliest token was taken each time
+    ends: tuple = ()  # the token ids that could end it
 
 
 def digest(parameters):
@@ -157,6 +158,13 @@ def how_drawn(queries, responses, temperature, weights):
     true = lambda note, query, ids: alike(note) and torch.equal(note.query, query) and torch.equal(note.ids, ids.cpu())
     rows = zip(notes, queries, responses)
     return [note if note is not None and true(note, query, ids) else None for note, query, ids in rows]
+
+
+def ended(responses, eos_ids):
+    """Whether each response ends by itself, (B,) bool: by the ids that `generate` was given for it, else by `eos_ids`."""
+    ends = [getattr(getattr(response, "drawn", None), "ends", ()) or eos_ids for response in responses]
+    has = lambda response, ids: not set(torch.as_tensor(response).tolist()).isdisjoint(ids)
+    return torch.tensor(list(map(has, responses, ends)))
 
 
 def padded(notes, device):

@@ -50,7 +50,7 @@ def minibatch_stats(rollout, rows, new, vf_coef, total):
     }
 
 
-def step_stats(rollout, updates, kl_coef, eos_ids, total):
+def step_stats(rollout, updates, kl_coef, total):
     """The dict of one step, from its Rollout and the list of its minibatches' stats. `ppo/*` are means over minibatches.
     `total` sums a number over processes: floats are those of all, arrays of this process."""
     mask, device = rollout.mask, rollout.mask.device
@@ -60,7 +60,6 @@ def step_stats(rollout, updates, kl_coef, eos_ids, total):
     kl = torch.where(mask, rollout.kl, 0.0).sum(1)
     lengths = rollout.lengths.float()
     query_lengths = torch.tensor([float(len(query)) for query in rollout.queries], device=device)
-    ended = torch.tensor([float(bool(set(eos_ids) & set(response.tolist()))) for response in rollout.responses], device=device)
     stats = {
         "objective/kl": mean(kl),
         "objective/kl_dist": kl.cpu().numpy(),
@@ -77,7 +76,7 @@ def step_stats(rollout, updates, kl_coef, eos_ids, total):
         "tokens/responses_len_mean": mean(lengths),
         "tokens/responses_len_std": std(lengths),
         "tokens/responses_dist": lengths.cpu().numpy(),
-        "tokens/responses_eos_frac": mean(ended),
+        "tokens/responses_eos_frac": mean(rollout.ended.float()),
     }
     steps = [update for update in updates if "grad_norm" in update]  # the last minibatch of each optimizer step
     for name in [name for name in updates[0] if name not in ("grad_norm", "skipped", *ARRAYS)]:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from rlhf_helpers import fast, parts, ppo, sampling
+from rlhf_helpers import classic, fast, parts, ppo, sampling
 from rlhf_helpers.errors import InputError
 from rlhf_helpers.loop import Loop
 from rlhf_helpers.models import eos_ids, response_logits
@@ -28,7 +28,8 @@ class PPOTrainer(Loop):
     rollout, by default GAE. After `step`, `rollout` holds every tensor of the step, (B, T) over response tokens; `history`
     holds the scalar stats of all steps. `permutation`, a function of n, orders the minibatches and may be replaced."""
 
-    def __init__(self, config, model, ref_model=None, tokenizer=None, advantages=gae_advantages):
+    def __init__(self, config, model, ref_model=None, tokenizer=None, advantages=gae_advantages, **left_out):
+        classic.refuse("PPOTrainer", left_out)
         parts.check_parts(config, model, ref_model, tokenizer, advantages)
         self.config, self.tokenizer, self.advantages = config, tokenizer, advantages
         self.accelerator = parts.processes(config)
@@ -49,10 +50,11 @@ class PPOTrainer(Loop):
 
     # ------------------------------------------------------------ step
 
-    def step(self, queries, responses, scores, prompts=None):
+    def step(self, queries, responses, scores, prompts=None, **left_out):
         """One PPO update. `queries` and `responses`: batch_size 1-D LongTensors of token ids each, as they were sampled;
         `scores`: batch_size numbers. Returns the stats under TRL 0.11's keys. Bad input raises InputError before anything
         changes; RuntimeError if an adapter got no gradient."""
+        classic.refuse("step", left_out)
         clock, size = Clock(), self.config.batch_size
         skip = self.sampler_is_exact and self.config.kl_penalty != "full"
         rollout = self._collect(queries, responses, scores, size, self.total, clock, prompts, skip)
@@ -75,7 +77,7 @@ class PPOTrainer(Loop):
         """The update and its stats, from a whole rollout."""
         config, updates = self.config, self._optimize(rollout)
         clock.lap("time/ppo/optimize_step")
-        stats = step_stats(rollout, updates, self.kl_coef, self.eos_ids, self.total)
+        stats = step_stats(rollout, updates, self.kl_coef, self.total)
         compared = (rollout.first_logprobs, rollout.first_rows) if skip else (rollout.logprobs,)
         stats |= sampler_stats(rollout, self.accelerator, *compared)
         self.sampler_is_exact = stats["objective/sampler_max_diff"] == 0
@@ -99,16 +101,17 @@ class PPOTrainer(Loop):
     def _collect(self, queries, responses, scores, size, total=ppo.alone, clock=None, prompts=None, skip=False, how=None):
         """The rollout: log-probs under policy and reference, values, rewards, advantages, returns. No gradients. `total`
         makes the whitening that of all processes; with `skip`, what the sampler noted takes the place of the policy's pass."""
-        config, clock, tokenizer = self.config, clock or Clock(), self.tokenizer
+        config, tokenizer = self.config, self.tokenizer
         expected = f"{size}" if size != config.batch_size else f"PPOConfig.batch_size = {size}"
         drawn, text = responses, self.model.config.get_text_config()
-        given = checked_batch(queries, responses, scores, size, text, expected, prompts)
+        given = checked_batch("inspect" if clock is None else "step", queries, responses, scores, size, text, expected, prompts)
         queries, responses, scores, prompts = given
-        weights = self._weights()
+        clock, weights = clock or Clock(), self._weights()
         notes = sampling.how_drawn(queries, drawn, config.temperature, weights)
-        scores = clipped_scores(scores, responses, config, self.eos_ids)
+        ended = sampling.ended(drawn, self.eos_ids)
+        scores = clipped_scores(scores, ended, config)
         rollout = collate(queries, responses, scores, tokenizer.pad_token_id, self.device)
-        rollout.weights, rollout.texts = weights, self.decode(responses)
+        rollout.ended, rollout.weights, rollout.texts = ended.to(self.device), weights, self.decode(responses)
         rollout.prompts = tokenizer.batch_decode(queries) if prompts is None else prompts
         rollout.sampler_logprobs, hidden = sampling.padded(notes, self.device)
         skip = skip and everywhere(hidden is not None, self.model.pretrained_model)  # one pass more, or less, is for all
@@ -160,6 +163,8 @@ class PPOTrainer(Loop):
         config, updates = self.config, []
         for _ in range(config.ppo_epochs):
             order = torch.as_tensor(np.asarray(self.permutation(len(rollout))), device=self.device)
+            if sorted(order.tolist()) != list(range(len(rollout))):
+                raise InputError(f"permutation gave {order.tolist()!r:.80}; expected each of 0 to {len(rollout) - 1} once")
             for group in order.split(self._group_size()):
                 updates += self._update(rollout, group)
                 if rollout.first_logprobs is None:  # those of this group were taken before anything moved

@@ -167,6 +167,10 @@ DAMAGE = {
     "steps_done is a string": about(steps_done="1"),
     "steps_done is a switch": about(steps_done=True),
     "steps_done is huge": about(steps_done=10**400),
+    "a learning rate is below 0": about(learning_rates=[-0.1, 0.1]),
+    "a learning rate is infinite": about(learning_rates=[0.1, math.inf]),
+    "there is one learning rate": about(learning_rates=[0.1]),
+    "the learning rates are a number": about(learning_rates=0.1),
     "kl_coef is not a number": about(kl_coef=math.nan),
     "kl_coef is infinite": about(kl_coef=math.inf),
     "kl_coef is huge": about(kl_coef=10**400),
@@ -410,6 +414,47 @@ def test_normal_numbers_in_store_go_on_where_they_were(tmp_path):
         np.random.rand(),
         torch.rand(()).item(),
     ]
+
+
+def test_a_run_whose_sampler_is_exact_at_some_steps_goes_on_bit_for_bit_after_each(tmp_path):
+    """In fp32 the sampler's log-probs are the trainer's at some steps and not at others, and only then take a pass's place."""
+    rng = torch.Generator().manual_seed(3)
+    words = lambda: torch.randint(4, 128, (int(torch.randint(2, 20, (1,), generator=rng)),), generator=rng).tolist()
+    prompts = [" ".join(f"t{word}" for word in words()) for _ in range(40)]
+    reward = lambda prompts, responses: [len(set(text.split())) / 8 for text in responses]
+    whole, steps, exact = tiny.trainer(learning_rate=1e-3, seed=1), 8, []
+
+    def keep(trainer, stats):
+        exact.append(trainer.sampler_is_exact)
+        trainer.save(tmp_path / str(trainer.steps_done))
+
+    whole.train(prompts, reward, steps=steps, on_step=keep)
+    assert True in exact[:-1] and False in exact[:-1]
+    for done in range(1, steps):
+        again = tiny.trainer(learning_rate=1e-3, seed=1)
+        again.resume(tmp_path / str(done))
+        assert again.sampler_is_exact == exact[done - 1]
+        again.train(prompts, reward, steps=steps - done)
+        assert same(state(whole), state(again)) and untimed(whole.history) == untimed(again.history), done
+
+
+def test_a_rate_that_was_changed_on_the_way_is_gone_on_with(tmp_path):
+    whole, halve = tiny.trainer(learning_rate=0.01), lambda trainer, stats: trainer.optimizer.param_groups[0].update(lr=0.005)
+    whole.train(PROMPTS, lambda prompts, responses: [0.0, 1.0, 0.0, 1.0], steps=1, on_step=halve)
+    whole.save(tmp_path / "checkpoint")
+    rates = lambda trainer: [group["lr"] for group in trainer.optimizer.param_groups]
+    again = tiny.trainer(learning_rate=0.01)
+    again.resume(tmp_path / "checkpoint")
+    assert rates(again) == rates(whole) == [0.005, 0.01]
+    other = tiny.trainer(learning_rate=0.02)
+    other.resume(tmp_path / "checkpoint", strict=False)
+    assert rates(other) == [0.02, 0.02]
+    about = json.loads((tmp_path / "checkpoint" / "trainer.json").read_text())
+    del about["learning_rates"]  # one from before there was such a field
+    (tmp_path / "checkpoint" / "trainer.json").write_text(json.dumps(about))
+    write_manifest(tmp_path / "checkpoint")
+    again.resume(tmp_path / "checkpoint")
+    assert rates(again) == [0.005, 0.01]
 
 
 def test_the_tensors_of_a_resumed_trainer_are_its_own(saved):

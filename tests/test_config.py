@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rlhf_helpers import config
+from rlhf_helpers import classic, config
 from rlhf_helpers.config import CPU, GPU, PPO_FIELDS, PPOConfig, profile_named
 from rlhf_helpers.errors import InputError
 
@@ -85,10 +85,19 @@ def test_a_bad_value_is_refused_with_the_field_and_the_value(name, value):
     assert f"PPOConfig.{name} is {value!r}; expected " in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["model_name", "use_score_scaling", "batchsize"])  # TRL 0.11 had the first two
-def test_a_setting_that_there_is_not_is_refused_with_those_that_there_are(name):
-    with pytest.raises(InputError, match=f"^PPOConfig has no setting {name} .*; expected one of batch_size, mini_batch_size, "):
+def test_a_setting_that_there_is_not_is_refused_with_those_that_there_are():
+    with pytest.raises(
+        InputError, match="^PPOConfig has no setting batchsize .*; expected one of batch_size, mini_batch_size, "
+    ):
+        PPOConfig(batchsize=8)
+
+
+@pytest.mark.parametrize("name", classic.CONFIG)
+def test_a_setting_of_trl_is_refused_with_what_stands_in_its_place(name):
+    assert name not in PPOConfig.__dataclass_fields__
+    with pytest.raises(InputError, match=f"^PPOConfig has no setting {name} .given as 1.: ") as error:
         PPOConfig(batch_size=8, mini_batch_size=8, **{name: 1})
+    assert str(error.value).endswith(classic.CONFIG[name])
 
 
 OTHER_TYPES = ["0.5", "false", True, np.float64(0.5), np.int64(1), np.float32(0.5), [1], b"1", 1 + 0j]
@@ -163,4 +172,13 @@ def test_config_does_not_import_torch():
     tree = ast.parse(Path(config.__file__).read_text(encoding="utf-8"))
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert names == {"math", "os", "sys", "dataclasses", "pathlib", "rlhf_helpers.errors", "rlhf_helpers.files"}
+    assert names == {
+        "math",
+        "os",
+        "sys",
+        "dataclasses",
+        "pathlib",
+        "rlhf_helpers.classic",
+        "rlhf_helpers.errors",
+        "rlhf_helpers.files",
+    }

@@ -142,6 +142,24 @@ def test_best_of_n_is_the_mean_over_all_choices_of_n_from_the_samples():
         assert chosen_of(rewards, values, count).tolist() == pytest.approx(by_hand)
 
 
+@pytest.mark.parametrize(
+    "count, words", [(0, "expected a whole number from 1"), (3, "expected at most 2, the answers to each")]
+)
+def test_best_of_more_answers_than_there_are_is_refused(count, words):
+    with pytest.raises(InputError, match=f"^best_of: count is {count}; {words}"):
+        best_of(evaluate(tiny.trainer(), PROMPTS, length, samples=2), count)
+
+
+def test_a_prompt_that_comes_twice_is_named_by_its_row():
+    with pytest.raises(InputError, match=r"^evaluate: prompts\[3\] is 't10 t11' again; expected different ones"):
+        evaluate(tiny.trainer(), ["t9 " * 5000, *PROMPTS[:2], "t10 t11"], length)  # the first is too long, and counts
+
+
+def test_a_gain_needs_as_many_numbers_as_prompts():
+    with pytest.raises(InputError, match="^paired_gain: 2 prompts, 3 numbers before and 3 after; expected as many of each"):
+        paired_gain(["a", "b"], [0, 0, 0], [1, 1, 5])
+
+
 def test_the_first_samples_of_each_prompt_are_kept_in_order():
     assert samples([0.0, 1.0, 2.0, 3.0], each=2).first(1).rewards.tolist() == [0.0, 2.0]
 

@@ -1,5 +1,7 @@
 """Bootstrap intervals: exact on small cases, and right about as often as they say."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -13,6 +15,18 @@ def test_a_mean_over_two_values_can_be_either():
 def test_values_that_agree_have_no_spread():
     assert mean_interval([0.5] * 7) == (0.5, (0.5, 0.5))
     assert two_level_interval(np.full((3, 4), 0.5)) == (0.5, pytest.approx((0.5, 0.5)))
+
+
+def test_many_values_are_drawn_as_few_are_and_take_little_memory(monkeypatch):
+    values = np.random.default_rng(1).normal(size=500)
+    at_once = mean_interval(values)
+    monkeypatch.setattr("rlhf_helpers.intervals.KEPT", 499)
+    assert mean_interval(values) == at_once
+    tracemalloc.start()
+    mean_interval(np.tile(values, 20), draws=1_000)  # at once: 160 MB
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40e6
 
 
 def test_a_share_of_all_or_none_has_an_interval_too():

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from transformers import MambaConfig, MambaForCausalLM, T5Config, T5ForConditionalGeneration
 
-from rlhf_helpers import advantages, models
+from rlhf_helpers import advantages, classic, models
 from rlhf_helpers.config import PPOConfig
 from rlhf_helpers.data import load_prompts, turns
 from rlhf_helpers.errors import InputError
@@ -274,6 +275,7 @@ def test_a_conversation_that_the_assistant_begins_keeps_its_turns_or_is_refused(
         (dict(config=None), "config is None; expected a PPOConfig"),
         (dict(config=dict(batch_size=4)), "config is .*; expected a PPOConfig"),
         (dict(ref_model="gpt2"), "ref_model is 'gpt2'; expected a causal language model"),
+        (dict(ref_model=tiny.tokenizer()), "ref_model is TokenizersBackend.*; expected a causal language model"),
         (dict(tokenizer="gpt2"), "tokenizer is 'gpt2'; expected a tokenizer"),
     ],
 )
@@ -328,3 +330,69 @@ def test_a_setting_is_refused_or_a_step_can_be_made_with_it(name, value):
 
 def test_rewards_of_an_evaluation_stay_as_precise_as_they_came():
     assert set(evaluate(tiny.trainer(), PROMPTS[:2], lambda p, r: [0.1] * len(r)).rewards.tolist()) == {0.1}
+
+
+# ---------------------------------------------------------------- what TRL had, and what it did not look at
+
+
+@pytest.mark.parametrize("name", [name for name in classic.TRAINER if name != "optimizer"])
+def test_what_trl_s_trainer_had_is_a_sentence_that_says_what_to_use(name):
+    trainer = tiny.trainer()
+    assert not hasattr(trainer, name)
+    with pytest.raises(AttributeError, match=f"^PPOTrainer has no {name}: "):
+        getattr(trainer, name)
+    with pytest.raises(InputError, match=f"^PPOTrainer does not take {name} .*: "):
+        PPOTrainer(trainer.config, trainer.model, None, trainer.tokenizer, **{name: 1})
+    with pytest.raises(InputError, match=f"^step does not take {name} "):
+        trainer.step(*tiny.batch(), **{name: 1})
+    assert trainer.steps_done == 0
+
+
+def test_what_nobody_had_is_refused_by_its_name():
+    trainer = tiny.trainer()
+    with pytest.raises(InputError, match="^PPOTrainer does not take reference .given as None.$"):
+        PPOTrainer(trainer.config, trainer.model, reference=None)
+    with pytest.raises(AttributeError, match="^PPOTrainer has no rollouts$"):
+        _ = trainer.rollouts
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["queries", "responses"])
+def test_a_padded_tensor_is_no_list_of_sequences(which):
+    """Its pads would be read, or learnt, as tokens."""
+    trainer, given = tiny.trainer(), list(tiny.batch())
+    given[which] = torch.nn.utils.rnn.pad_sequence(given[which], batch_first=True)
+    words = "one tensor of 2 dimensions; expected a list of 1-D LongTensors, without padding"
+    for call in (lambda: trainer.step(*given), lambda: trainer.inspect(*given[:2])):
+        with pytest.raises(InputError, match=words):
+            call()
+    with pytest.raises(InputError, match=words):
+        trainer.generate(given[which])
+    assert trainer.steps_done == 0
+
+
+def test_a_refusal_names_the_call():
+    trainer, (queries, responses, scores) = tiny.trainer(), tiny.batch()
+    with pytest.raises(InputError, match="^inspect: 3 queries; expected 2"):
+        trainer.inspect(queries[:3], responses[:2])
+    with pytest.raises(InputError, match="^step: 3 scores; expected "):
+        trainer.step(queries, responses, scores[:3])
+
+
+@pytest.mark.parametrize("order", [[0, 0, 0, 0], [0, 1, 2], [], [0, 1, 2, 4]])
+def test_an_order_of_minibatches_that_is_none_is_refused(order):
+    trainer = tiny.trainer()
+    before, trainer.permutation = tiny.state(trainer), lambda n: order
+    with pytest.raises(InputError, match="^permutation gave .*; expected each of 0 to 3 once"):
+        trainer.step(*tiny.batch())
+    assert tiny.same(before, tiny.state(trainer))
+
+
+def test_a_model_with_an_encoder_or_without_a_cache_is_refused():
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=128, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
+    with pytest.raises(InputError, match="an encoder and a decoder .T5ForConditionalGeneration.; expected a decoder alone"):
+        tiny.trainer(t5)
+    mamba = tiny.trainer(MambaForCausalLM(MambaConfig(vocab_size=128, hidden_size=16, num_hidden_layers=1, state_size=4)))
+    with pytest.raises(
+        InputError, match="MambaForCausalLM keeps no past_key_values; expected a decoder with a key-value cache"
+    ):
+        mamba.generate(tiny.batch()[0])

@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from transformers import RobertaConfig, RobertaForSequenceClassification
+from transformers import RobertaConfig, RobertaForSequenceClassification, RobertaModel
 
 from rlhf_helpers import reward
 from rlhf_helpers.data import save_jsonl
@@ -255,6 +255,8 @@ def test_accuracy_is_the_share_of_pairs_in_the_right_order_within_its_interval()
     right_for_lovely = lambda prompts, responses: [float("lovely" in response) for response in responses]
     accuracy, (low, high) = pair_accuracy(right_for_lovely, PAIRS)
     assert accuracy == pytest.approx(1 / 3) and 0 <= low < accuracy < high <= 1  # a tie is not right
+    with pytest.raises(InputError, match="^pair_accuracy: no pairs; expected at least one"):
+        pair_accuracy(right_for_lovely, [])
 
 
 @pytest.mark.parametrize("labels", [1, 2])
@@ -270,6 +272,21 @@ def test_training_lowers_the_loss_orders_the_pairs_and_saves_a_standardised_mode
     assert scores.mean().item() == pytest.approx(0, abs=1e-4) and scores.std().item() == pytest.approx(1, abs=1e-4)
     assert [path.name for path in tmp_path.iterdir()] == ["rm"]
     assert not any(p.requires_grad for p in rm.model.parameters()) and not rm.model.training
+
+
+def test_an_encoder_may_have_a_pooler_that_its_classifier_lacks(tmp_path):
+    config = RobertaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+                           max_position_embeddings=66, pad_token_id=1)  # fmt: skip
+    encoder = RobertaModel(config)
+    encoder.save_pretrained(tmp_path / "encoder")
+    tiny.bert_tokenizer().save_pretrained(tmp_path / "encoder")
+    rm, _ = train_reward_model(
+        PAIRS, tmp_path / "rm", encoder=str(tmp_path / "encoder"), epochs=1, batch_size=6, learning_rate=1e-12, max_length=32
+    )
+    name = "embeddings.word_embeddings.weight"
+    assert torch.allclose(
+        rm.model.base_model.state_dict()[name], encoder.state_dict()[name]
+    )  # it begins with the encoder's weights
 
 
 def test_training_does_not_move_to_an_apple_card_that_ppo_would_not_use(encoder_folder, tmp_path, monkeypatch):
@@ -332,6 +349,8 @@ def test_roberta_s_positions_begin_behind_its_pad():
         (None, {}, "source is None; expected"),
         ([*PAIRS, dict(prompt="a", chosen=5, rejected="b")] * 2, {}, "record 12: field 'chosen' is 5"),
         (PAIRS * 2, dict(batch_size=0), "train_reward_model: batch_size is 0"),
+        (PAIRS * 2, dict(learning_rate=-1.0), "train_reward_model: learning_rate is -1.0; expected a number above 0"),
+        (PAIRS * 2, dict(learning_rate="1e-3"), "train_reward_model: learning_rate is '1e-3'"),
     ],
 )
 def test_pairs_that_cannot_be_trained_on_are_refused_before(pairs, options, words, encoder_folder, tmp_path):

@@ -692,6 +692,23 @@ def test_the_penalty_is_taken_from_the_score_of_a_response_without_eos_and_from_
     assert plain.rollout.scores.tolist() == [1.0, 1.0, -2.0, 0.5]
 
 
+def test_an_end_that_generate_was_given_is_an_end_for_the_penalty_and_the_stats():
+    trainer = tiny.trainer(missing_eos_penalty=1.0, max_new_tokens=40)
+    responses = trainer.generate(QUERIES, eos_token_id=list(range(60, 128)))
+    assert all(60 <= response[-1] < 128 for response in responses) and EOS not in torch.cat(responses)
+    assert trainer.step(QUERIES, responses, [0.0] * 4)["tokens/responses_eos_frac"] == 1.0
+    assert trainer.rollout.scores.tolist() == [0.0] * 4
+    responses = trainer.generate(QUERIES, eos_token_id=-1)  # as scripts for TRL say "never"
+    assert trainer.step(QUERIES, responses, [0.0] * 4)["tokens/responses_eos_frac"] == 0.0
+
+
+def test_responses_that_were_not_drawn_from_the_distribution_have_no_sampler_s_kl():
+    trainer = tiny.trainer()
+    for how in (dict(greedy=True), dict(do_sample=False)):
+        assert math.isnan(trainer.step(QUERIES, trainer.generate(QUERIES, **how), [0.0] * 4)["objective/sampler_kl"])
+    assert trainer.step(QUERIES, trainer.generate(QUERIES), [0.0] * 4)["objective/sampler_kl"] < 1e-9
+
+
 def test_the_penalty_comes_after_the_clipping_of_scores():
     rollout = tiny.trainer(missing_eos_penalty=1.0, score_clip=0.5).inspect(QUERIES, ENDS, [9.0, 9.0, -9.0, 0.0])
     assert rollout.scores.tolist() == [0.5, -0.5, -0.5, 0.0]

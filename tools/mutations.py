@@ -92,7 +92,7 @@ FAULTS = [
           'stats["ppo/val/error"] / returns_var', "oracle"),
     Fault("clipped values for clipped tokens", "stats.py", '"policy/clipfrac": mean(new.policy_clipped.float())',
           '"policy/clipfrac": mean(new.value_clipped.float())', "oracle"),
-    Fault("every response counts as ended", "stats.py", "float(bool(set(eos_ids) & set(response.tolist())))", "1.0", "trainer"),
+    Fault("every response counts as ended", "sampling.py", "torch.tensor(list(map(has, responses, ends)))", "torch.tensor([True] * len(ends))", "trainer"),
     # the reward model
     Fault("label 0 is the good one", "reward.py", "logits.softmax(-1)[:, 1]", "logits.softmax(-1)[:, 0]", "reward"),
     Fault("scores not centred", "reward.py", "(self.raw(prompts, responses) - self.mean) / self.std",
