@@ -122,15 +122,27 @@ def main(arguments=None):
     except KeyboardInterrupt as error:
         print("stopped; what was saved stays, and the same command goes on from there", file=sys.stderr)
         return 128 + getattr(error, "signum", signal.SIGINT)
-    except BrokenPipeError:  # `... | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python's own flush at the end may write
-        print("stopped: nobody reads this output any more; what was saved stays, and the same command goes on", file=sys.stderr)
+    except BrokenPipeError:
+        if is_read(sys.stdout, ""):
+            raise  # it was another pipe
+        is_read(sys.stderr, "stopped: nobody reads this output any more; what was saved stays, and the same command goes on")
         return 128 + 13
     except OSError as error:
         if not is_no_place(error):
             raise
         print(f"error: {shown(error.filename)}: {error.strerror}; expected a place to read or write", file=sys.stderr)
         return 2
+
+
+def is_read(stream, text):
+    """Says a text, unless the reader of a pipe is gone, as after `... | head -1`: then the stream leads nowhere from now on, since
+    Python flushes it once more at its end."""
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return False
+    return True
 
 
 @dataclasses.dataclass

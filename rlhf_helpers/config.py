@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rlhf_helpers.classic import CONFIG, instead
 from rlhf_helpers.errors import InputError, MissingInput
-from rlhf_helpers.files import is_whole_unicode
+from rlhf_helpers.files import is_whole_unicode, shown
 
 REPOSITORY = "https://github.com/OWNER/rlhf-ppo-notebooks"  # the one place that knows the repository's address
 DATA_FILE = "data/pairwise_prefs_part_1.jsonl"
@@ -92,7 +92,7 @@ class PPOConfig:
         for name, value in settings.items():
             if name not in cls.__dataclass_fields__:
                 known = instead(name, CONFIG) or f"; expected one of {', '.join(cls.__dataclass_fields__)}"
-                raise InputError(f"PPOConfig has no setting {name} (given as {value!r:.80}){known}")
+                raise InputError(f"PPOConfig has no setting {name} (given as {shown(value)}){known}")
         return super().__new__(cls)
 
     def __post_init__(self):

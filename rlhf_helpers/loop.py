@@ -17,7 +17,9 @@ class Loop:
     use; and each response carries how it was drawn (`sampling.Drawn`), which `step` compares."""
 
     def __getattr__(self, name):
-        raise AttributeError(f"PPOTrainer has no {name}{classic.instead(name, classic.TRAINER)}")
+        if name in classic.TRAINER:
+            raise AttributeError(f"PPOTrainer has no {name}{classic.instead(name, classic.TRAINER)}")
+        return object.__getattribute__(self, name)  # raises what is raised without this method
 
     # ------------------------------------------------------------ generate
 
@@ -26,7 +28,8 @@ class Loop:
         """Sample one response per query (1-D LongTensors in, 1-D LongTensors out), cut after its first EOS.
 
         The policy's own distribution at the config's temperature is sampled, whole: an option that would change it (top_k,
-        top_p, penalties, another temperature) raises InputError. `reference=True` samples from the reference."""
+        top_p, penalties, another temperature) raises InputError. `reference=True` samples from the reference. What is returned carries
+        how it was drawn, its `eos_token_id` too; with `return_prompt`, or cut out of a tensor, it does not."""
         kwargs = dict(eos_token_id=self.eos_ids, pad_token_id=self.tokenizer.pad_token_id) | kwargs
         text, asked = self.model.config.get_text_config(), (max_new_tokens, batch_size, temperature, greedy)
         queries, batches, how, greedy = checked_call(queries, self.config, text, *asked, **kwargs)
@@ -135,4 +138,5 @@ class Loop:
         its settings must be those of this trainer."""
         load_checkpoint(self, folder, strict)
         last = self.history[-1] if self.history else {}
-        self.sampler_is_exact = last.get("step") == self.steps_done and last.get("objective/sampler_max_diff") == 0
+        exact = last.get("step") == self.steps_done and last.get("objective/sampler_max_diff") == 0
+        self.sampler_is_exact = strict and exact  # minibatches of another size have other bits

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import warnings
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
@@ -27,10 +28,12 @@ def check_parts(config, model, ref_model, tokenizer, advantages=None):
         raise TypeError(f"model is a {type(model).__name__}; expected PolicyWithValueHead(your_causal_lm)")
     if ref_model is not None and not isinstance(ref_model, torch.nn.Module):
         raise InputError(f"ref_model is {shown(ref_model)}; expected a causal language model, a PolicyWithValueHead, or None")
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise InputError(
-            f"model has an encoder and a decoder ({type(bare(model)).__name__}); expected a decoder alone, a causal language model"
-        )
+    for name, given in dict(model=model, ref_model=ref_model).items():
+        if given is not None and getattr(getattr(bare(given), "config", None), "is_encoder_decoder", False):
+            found = type(bare(given)).__name__
+            raise InputError(
+                f"{name} has an encoder and a decoder ({found}); expected a decoder alone, a causal language model"
+            )
     if tokenizer is not None and not hasattr(tokenizer, "pad_token_id"):
         raise InputError(f"tokenizer is {shown(tokenizer)}; expected a tokenizer (models.load_tokenizer gives one)")
     if advantages is not None and not callable(advantages):
@@ -159,6 +162,18 @@ def encode_prompts(tokenizer, prompts, room, system=None):
     if len(kept) < len(prompts):
         warnings.warn(f"skipped {len(prompts) - len(kept)} of {len(prompts)} prompts: longer than {room} tokens", stacklevel=3)
     return [prompt for prompt, _ in kept], [query for _, query in kept]
+
+
+def checked_order(order, n):
+    """The order in which an epoch takes the n rows of a rollout, as a LongTensor. Raises InputError unless each is there once."""
+    try:
+        rows = torch.as_tensor(np.asarray(order))
+        fits = rows.dtype in (torch.int64, torch.int32) and sorted(rows.tolist()) == list(range(n))
+    except (TypeError, ValueError, RuntimeError):
+        fits = False
+    if not fits:
+        raise InputError(f"permutation gave {shown(order)}; expected each of 0 to {n - 1} once")
+    return rows.long()
 
 
 def rows_of(batch, size, n, seed, repeats=1):

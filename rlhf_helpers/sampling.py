@@ -15,7 +15,9 @@ from dataclasses import dataclass
 import torch
 
 from rlhf_helpers import fast
+from rlhf_helpers.classic import GENERATE, instead
 from rlhf_helpers.errors import InputError
+from rlhf_helpers.files import shown
 from rlhf_helpers.models import at_the_last, positions_of
 from rlhf_helpers.shard import everywhere
 
@@ -44,7 +46,7 @@ def checked_options(vocabulary, own_temperature, temperature, greedy, eos_token_
         )
     for name, value in options.items():
         if name not in NEUTRAL:
-            raise InputError(f"generate: unknown option {name}={value!r}")
+            raise InputError(f"generate: unknown option {name}={shown(value)}{instead(name, GENERATE)}")
         if not isinstance(value, (numbers.Real, type(None))) or value not in NEUTRAL[name]:
             raise InputError(
                 f"generate: {name}={value!r:.80} would sample from another distribution than the one that is scored; expected {NEUTRAL[name][0]}"

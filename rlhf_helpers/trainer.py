@@ -7,7 +7,6 @@ are standardised once, by the reward model), response masks with gaps, encoder-d
 import math
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 
 from rlhf_helpers import classic, fast, parts, ppo, sampling
@@ -162,10 +161,8 @@ class PPOTrainer(Loop):
         """All epochs of one step. Returns the stats of every minibatch, a list of dicts."""
         config, updates = self.config, []
         for _ in range(config.ppo_epochs):
-            order = torch.as_tensor(np.asarray(self.permutation(len(rollout))), device=self.device)
-            if sorted(order.tolist()) != list(range(len(rollout))):
-                raise InputError(f"permutation gave {order.tolist()!r:.80}; expected each of 0 to {len(rollout) - 1} once")
-            for group in order.split(self._group_size()):
+            order = parts.checked_order(self.permutation(len(rollout)), len(rollout))
+            for group in order.to(self.device).split(self._group_size()):
                 updates += self._update(rollout, group)
                 if rollout.first_logprobs is None:  # those of this group were taken before anything moved
                     rollout.first_logprobs, rollout.first_rows = rollout.new_logprobs.clone(), group

@@ -31,6 +31,9 @@ def what_is_imported_is_not_searched():
     """`gc.collect`, which loading a model and leaving a run call, looks at what a file of tests made, and not at the million objects
     of the libraries: that takes half a second each time."""
     gc.freeze()
+    yield
+    gc.collect()  # of what this file made, before the next one keeps it
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

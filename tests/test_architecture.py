@@ -61,7 +61,7 @@ ROOT = Path(rlhf_helpers.__file__).parent
 NAME = lambda path: ".".join(path.relative_to(ROOT).with_suffix("").parts)
 MODULES = {NAME(path): path for path in ROOT.rglob("*.py") if path.stem != "__init__"}
 # What may be imported on one's own floor.
-SAME_FLOOR = {("pairwise", "reward"), ("reward", "pairwise"), ("data", "errors"), ("config", "errors"), ("config", "classic"), ("classic", "errors"), ("config", "files"), ("assets", "config"), ("assets", "files"), ("data", "files"), ("assets", "errors"),
+SAME_FLOOR = {("pairwise", "reward"), ("reward", "pairwise"), ("data", "errors"), ("config", "errors"), ("config", "classic"), ("classic", "errors"), ("classic", "files"), ("config", "files"), ("assets", "config"), ("assets", "files"), ("data", "files"), ("assets", "errors"),
               ("assets", "quirks"), ("files", "errors"), ("models", "machine"), ("sampling", "models"), ("sampling", "fast"), ("shard", "machine"),
               ("fast", "models"), ("models", "shard"), ("fast", "shard"), ("sampling", "shard"), ("assets", "progress"), ("dpo", "trl_bridge"), ("trainer", "loop"), ("__main__", "keeper"),
               ("course.exercises", "course.first_exercises"),

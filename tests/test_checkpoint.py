@@ -436,6 +436,10 @@ def test_a_run_whose_sampler_is_exact_at_some_steps_goes_on_bit_for_bit_after_ea
         assert again.sampler_is_exact == exact[done - 1]
         again.train(prompts, reward, steps=steps - done)
         assert same(state(whole), state(again)) and untimed(whole.history) == untimed(again.history), done
+    other = tiny.trainer(learning_rate=1e-3, seed=1, mini_batch_size=1, gradient_accumulation_steps=4)
+    for done in range(1, steps):
+        other.resume(tmp_path / str(done), strict=False)
+        assert not other.sampler_is_exact  # measured with minibatches of another size
 
 
 def test_a_rate_that_was_changed_on_the_way_is_gone_on_with(tmp_path):

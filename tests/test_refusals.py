@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import MambaConfig, MambaForCausalLM, T5Config, T5ForConditionalGeneration
 
-from rlhf_helpers import advantages, classic, models
+from rlhf_helpers import advantages, models
 from rlhf_helpers.config import PPOConfig
 from rlhf_helpers.data import load_prompts, turns
 from rlhf_helpers.errors import InputError
@@ -335,16 +335,33 @@ def test_rewards_of_an_evaluation_stay_as_precise_as_they_came():
 # ---------------------------------------------------------------- what TRL had, and what it did not look at
 
 
-@pytest.mark.parametrize("name", [name for name in classic.TRAINER if name != "optimizer"])
-def test_what_trl_s_trainer_had_is_a_sentence_that_says_what_to_use(name):
-    trainer = tiny.trainer()
-    assert not hasattr(trainer, name)
-    with pytest.raises(AttributeError, match=f"^PPOTrainer has no {name}: "):
-        getattr(trainer, name)
-    with pytest.raises(InputError, match=f"^PPOTrainer does not take {name} .*: "):
-        PPOTrainer(trainer.config, trainer.model, None, trainer.tokenizer, **{name: 1})
-    with pytest.raises(InputError, match=f"^step does not take {name} "):
-        trainer.step(*tiny.batch(), **{name: 1})
+# TRL 0.11.4: what PPOTrainer, its step and its generate take, and its public methods and attributes (trainer/ppo_trainer.py).
+TAKEN = "dataset optimizer data_collator num_shared_layers lr_scheduler training_data_collator".split()
+HAD = """accelerator batched_forward_pass compare_step compute_advantages compute_rewards config create_model_card current_device
+    current_step data_collator dataloader dataset gather_stats generate highest_reward is_distributed is_encoder_decoder
+    is_peft_model is_using_text_environment kl_ctl log_stats loss lr_scheduler model model_params optimizer optional_peft_ctx
+    prepare_dataloader prepare_model_inputs push_to_hub push_to_hub_kwargs record_step_stats ref_model running save_pretrained
+    step tokenizer train_minibatch""".split()
+
+
+def test_what_trl_s_trainer_took_and_had_is_here_or_a_sentence_that_says_what_to_use():
+    trainer, missing = tiny.trainer(), []
+    adam = torch.optim.Adam(trainer.parameters)  # its repr has many lines
+    for name in TAKEN:
+        with pytest.raises(InputError, match=f"^PPOTrainer does not take {name} .given as Adam .*: ") as error:
+            PPOTrainer(trainer.config, trainer.model, None, trainer.tokenizer, **{name: adam})
+        assert "\n" not in str(error.value)
+    for name in HAD:
+        if not hasattr(trainer, name):
+            missing.append(name)
+            with pytest.raises(AttributeError, match=f"^PPOTrainer has no {name}: "):
+                getattr(trainer, name)
+    assert set(missing) > {"dataloader", "kl_ctl", "log_stats", "save_pretrained"}
+    with pytest.raises(InputError, match="^step does not take response_masks .*: every token of a response counts"):
+        trainer.step(*tiny.batch(), response_masks=None)
+    for name in ("length_sampler", "generate_ref_response"):
+        with pytest.raises(InputError, match=f"^generate: unknown option {name}=1: "):
+            trainer.generate(tiny.batch()[0], **{name: 1})
     assert trainer.steps_done == 0
 
 
@@ -352,8 +369,17 @@ def test_what_nobody_had_is_refused_by_its_name():
     trainer = tiny.trainer()
     with pytest.raises(InputError, match="^PPOTrainer does not take reference .given as None.$"):
         PPOTrainer(trainer.config, trainer.model, reference=None)
-    with pytest.raises(AttributeError, match="^PPOTrainer has no rollouts$"):
+    with pytest.raises(AttributeError, match="'PPOTrainer' object has no attribute 'rollouts'"):
         _ = trainer.rollouts
+
+
+def test_an_attribute_that_a_fault_inside_lacks_is_named_and_not_the_property(monkeypatch):
+    def fault(lm):
+        raise AttributeError("'OtherModel' object has no attribute 'layers'")
+
+    monkeypatch.setattr("rlhf_helpers.fast.can_unpack", fault)
+    with pytest.raises(AttributeError, match="'OtherModel' object has no attribute 'layers'"):
+        tiny.trainer().generate(tiny.batch()[0])
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["queries", "responses"])
@@ -378,7 +404,9 @@ def test_a_refusal_names_the_call():
         trainer.step(queries, responses, scores[:3])
 
 
-@pytest.mark.parametrize("order", [[0, 0, 0, 0], [0, 1, 2], [], [0, 1, 2, 4]])
+@pytest.mark.parametrize(
+    "order", [[0, 0, 0, 0], [0, 1, 2], [], [0, 1, 2, 4], [0.0, 1.0, 2.0, 3.0], None, "0123", [[0, 1], [2, 3]]]
+)
 def test_an_order_of_minibatches_that_is_none_is_refused(order):
     trainer = tiny.trainer()
     before, trainer.permutation = tiny.state(trainer), lambda n: order
@@ -391,6 +419,8 @@ def test_a_model_with_an_encoder_or_without_a_cache_is_refused():
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=128, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
     with pytest.raises(InputError, match="an encoder and a decoder .T5ForConditionalGeneration.; expected a decoder alone"):
         tiny.trainer(t5)
+    with pytest.raises(InputError, match="^ref_model has an encoder and a decoder"):
+        tiny.trainer(ref_model=t5)
     mamba = tiny.trainer(MambaForCausalLM(MambaConfig(vocab_size=128, hidden_size=16, num_hidden_layers=1, state_size=4)))
     with pytest.raises(
         InputError, match="MambaForCausalLM keeps no past_key_values; expected a decoder with a key-value cache"

@@ -524,12 +524,25 @@ def test_a_file_whose_prompts_are_all_too_long_is_named_before_anything_is_sampl
     assert "error: long.jsonl: none of 1 fits into " in capsys.readouterr().err and not (home / "run" / "checkpoint").exists()
 
 
-def test_a_pipe_that_nobody_reads_is_one_sentence(home, monkeypatch):
-    command = [sys.executable, "-m", "rlhf_helpers", "--check"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV) as process:
+@pytest.mark.parametrize("both", [False, True])
+def test_a_pipe_that_nobody_reads_is_one_sentence(both, home):
+    command = [sys.executable, "-c", "import rlhf_helpers.machine as m; m.check = lambda: print('here', flush=True) or 0\n"
+               "from rlhf_helpers.__main__ import main; raise SystemExit(main(['--check']))"]  # fmt: skip
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT if both else subprocess.PIPE)
+    with subprocess.Popen(command, **pipes, text=True, env=ENV) as process:
         process.stdout.close()
-        error = process.stderr.read()
-    assert process.returncode == 141 and error.startswith("stopped: nobody reads this output") and len(error.splitlines()) == 1
+        error = "" if both else process.stderr.read()
+    assert process.returncode == 141
+    assert both or (error.startswith("stopped: nobody reads this output") and len(error.splitlines()) == 1)
+
+
+def test_another_pipe_that_breaks_is_a_fault_of_the_program(home, monkeypatch):
+    def check():
+        raise BrokenPipeError(errno.EPIPE, "a tracker's process is gone")
+
+    monkeypatch.setattr(machine, "check", check)
+    with pytest.raises(BrokenPipeError, match="tracker"):
+        main(["--check"])
 
 
 def test_a_fault_of_the_program_shows_itself(home, start, at_step):
