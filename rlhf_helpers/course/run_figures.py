@@ -53,7 +53,7 @@ def of_seeds(runs, curves, limits=None, named=(), width=4):
 def over_steps(groups, curves, width=4):
     """Several series over the steps of several runs: {name: [run, run, ...]}, a panel a group. Each run is a thin line (running
     mean of `width` steps), the mean of all runs a thick one, up to the step at which the first ends. `curves` is {key of a row: label}."""
-    figure, axes = new_figure(1, len(groups), size=(min(10, max(7.6, 3.2 * len(groups))), 3.2), sharey=True)
+    figure, axes = new_figure(1, len(groups), size=(min(10, max(7.6, 3.2 * len(groups))), 3.2), sharex=True, sharey=True)
     for axis, (name, runs) in zip(axes[0], groups.items()):
         for (colour, style), (key, label) in zip(((BLUE, "-"), (RED, "--"), (ORANGE, ":")), curves.items()):
             lines = [running_mean([row[key] for row in run], width) for run in runs]
