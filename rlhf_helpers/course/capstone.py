@@ -312,7 +312,7 @@ def best_of_four(reward_fn, prompts):
 
 GOLD_LESSONS = {
     "A": "the reward model was right further out than its fifty pairs could show, at least as far as this run went.",
-    "B": "the proxy rose, and what people want did not follow, or less than this interval can show.",
+    "B": "what people want did not change by more than this interval can show, whatever the proxy did.",
     "C": "the proxy rose, and what people want was given up for it. That is what hacked means.",
 }
 
