@@ -84,9 +84,9 @@ def evaluate(trainer, prompts, reward_fn, samples=2, seed=1234, batch_size=40, r
     is 0. The prompts must differ. The trainer is not changed. Several processes share the prompts (some may get
     none), and all of them get the whole Evaluation."""
     check_whole("evaluate", 1, samples=samples, batch_size=batch_size)
-    met, prompts = set(), checked_list("evaluate: prompts", prompts)
+    prompts = checked_list("evaluate: prompts", prompts)
     for row, prompt in enumerate(prompts):
-        if isinstance(prompt, str) and (prompt in met or met.add(prompt)):
+        if isinstance(prompt, str) and prompt in prompts[:row]:
             raise InputError(
                 f"evaluate: prompts[{row}] is {shown(prompt)} again; expected different ones (samples= gives each several answers)"
             )
