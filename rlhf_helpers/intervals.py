@@ -1,12 +1,14 @@
-"""Intervals: how far a mean could have come out otherwise, by bootstrap (Efron 1979). All are 95 %, and the same at every call."""
+"""Intervals: how far a mean could have come out otherwise. All are 95 %, and the same at every call. Over prompts alone they are by
+bootstrap (Efron 1979); where there are seeds, of which there are few, by Student's t."""
 
+import math
 from functools import lru_cache
 
 import numpy as np
 
 DRAWS = 10_000
 KEPT = 1_000  # of more values the draws are not kept for another call: they would take a gigabyte for ten thousand
-STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # the 97.5 % quantile of t for so many seeds
+ANGLES = 20_000  # steps of the integral under Student's t
 
 
 def quantiles(draws):
@@ -38,23 +40,32 @@ def drawn(n, draws, seed):
     return np.random.default_rng(seed).integers(0, n, (draws, n))
 
 
-@lru_cache(maxsize=4)
-def shares(seeds, prompts, draws, seed):
-    """(draws, seeds) and (draws, prompts): what share of each resample each seed and each prompt is."""
-    rng = np.random.default_rng(seed)
-    counts = lambda n: rng.multinomial(n, np.full(n, 1 / n), size=draws) / n
-    return counts(seeds), counts(prompts)
+def student(dof):
+    """The 97.5 % quantile of Student's t. In the angle a, t = sqrt(dof) tan(a), its density is cos(a) ** (dof - 1)."""
+    step = math.pi / 2 / ANGLES
+    mass = np.cumsum(np.cos((np.arange(ANGLES) + 0.5) * step) ** (dof - 1))
+    return dof**0.5 * math.tan(np.interp(0.95 * mass[-1], mass, np.arange(1, ANGLES + 1) * step))
 
 
-def two_level_interval(values, draws=DRAWS, seed=0):
-    """(mean, (low, high)) of (seeds, prompts): both the seeds and the prompts are drawn anew, since both were chosen by chance and
-    others would have given other numbers. (A crossed, or "pigeonhole", bootstrap: Owen 2007, arXiv:0712.1111.) Of fewer than six
-    seeds a bootstrap hardly leaves what they span; there its ends are moved out by Student's t over the normal, and by the root of
-    n / (n - 1), since the spread within n drawn seeds is too small by that."""
-    values = np.asarray(values, dtype=float)
-    seeds, prompts = values.shape
-    of_seeds, of_prompts = shares(seeds, prompts, draws, seed)
-    resampled = ((of_seeds @ values) * of_prompts).sum(1)
-    mean, (low, high) = float(values.mean()), quantiles(resampled)
-    wider = STUDENT[seeds] / 1.96 * (seeds / (seeds - 1)) ** 0.5 if seeds in STUDENT else 1.0
-    return mean, (mean + wider * (low - mean), mean + wider * (high - mean))
+def two_level_interval(values, control=None):
+    """(mean, (low, high)) of (seeds, prompts), where seeds and prompts were both chosen by chance; with a `control`, (other seeds, the
+    same prompts), of the difference of the two means. Student's t: the variance of a mean over two crossed factors is what its seeds'
+    means give, and what its prompts' means give, less the noise, which is in both; its degrees of freedom are Satterthwaite's (1946).
+    (Westfall, Kenny & Judd 2014, doi:10.1037/xge0000014.) Two groups of seeds need not have one variance (Welch 1947). Of one seed,
+    or of one prompt, only the other level is in it."""
+    groups = [np.asarray(group, dtype=float) for group in (values, control) if group is not None]
+    by_prompt = groups[0].mean(0) - (groups[1].mean(0) if control is not None else 0.0)
+    mean, prompts = float(by_prompt.mean()), len(by_prompt)
+    terms = [(by_prompt.var(ddof=1) / prompts, prompts - 1)] if prompts > 1 else []  # (part of the variance, degrees of freedom)
+    for seeds, group in ((len(group), group) for group in groups if len(group) > 1):
+        terms.append((group.mean(1).var(ddof=1) / seeds, seeds - 1))
+        if prompts > 1:
+            noise = group - group.mean(0) - group.mean(1, keepdims=True) + group.mean()
+            free = (seeds - 1) * (prompts - 1)
+            terms.append((-(noise**2).sum() / free / (seeds * prompts), free))
+    variance = max(sum(part for part, _ in terms), *(part for part, _ in terms), 0.0)
+    if variance == 0:
+        return mean, (mean, mean)
+    freedom = max(1.0, variance**2 / sum(part**2 / free for part, free in terms))
+    half = student(freedom) * variance**0.5
+    return mean, (float(mean - half), float(mean + half))

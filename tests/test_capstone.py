@@ -10,7 +10,7 @@ from rlhf_helpers.course import capstone_exercises as checks
 from rlhf_helpers.course.runs import Log
 from rlhf_helpers.data import load_preferences, load_prompts
 from rlhf_helpers.evaluation import Evaluation
-from rlhf_helpers.intervals import mean_interval, two_level_interval
+from rlhf_helpers.intervals import mean_interval
 
 PAIRS = capstone.pairs_to_label()
 A, B, C = "ABC"
@@ -169,7 +169,7 @@ def test_the_hacked_run_is_paid_more_within_its_budget_and_loses_gold():
     hacked, score = capstone.run_named("hacked"), capstone.run_named("hacked").course_of("score")
     assert score[-4:].mean() > score[:4].mean() + 0.3
     assert hacked.head["config"]["kl_budget"] == capstone.BUDGET and hacked.course_of("kl")[:-1].max() < 12
-    _, (_, high) = two_level_interval([compare.gain(hacked, "gold")])
+    _, (_, high) = mean_interval(compare.gain(hacked, "gold"))
     assert high < 0
 
 

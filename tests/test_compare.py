@@ -24,13 +24,28 @@ def write(experiment, condition, seed, texts=TEXTS, rewards=(2.0, 2.0), kl=4.0):
     runs.write_log(experiments.log_file(experiments.Run(experiment, condition, seed)), head, [], after)
 
 
-def test_a_condition_is_compared_with_the_frozen_recipe_s_runs_of_the_same_seeds(home):
+def test_a_condition_is_compared_with_all_runs_of_the_frozen_recipe(home):
     write("headline", "frozen", 0, ["a", "a"])
     write("headline", "frozen", 7)  # a seed that the other has not
     write("advantages", "leave_one_out", 0)
-    assert np.stack(compare.against_frozen(runs.logs_of("advantages"), "gold")).tolist() == [[2.5, 1.5]]
     (row,) = compare.rows("advantages")
-    assert dict(zip(compare.COLUMNS, row))["seeds"] == 1 and row[4] == "+2.00: one seed decides nothing"
+    assert dict(zip(compare.COLUMNS, row))["seeds"] == 1 and row[4] == "+1.00: one seed decides nothing"  # 2 - (0 + 2) / 2
+
+
+def test_two_seeds_whose_gains_agree_are_told_apart_from_the_frozen_recipe_s(home):
+    write("headline", "frozen", 0, ["a", "a"]), write("headline", "frozen", 1, ["a", "a"])
+    for seed in (3, 4):
+        write("advantages", "leave_one_out", seed, ["Tea is a warm drink.", "Rain is warm."])
+    (row,) = compare.rows("advantages")
+    assert row[4] == "+2.50 (+2.50 to +2.50)"
+
+
+def test_how_far_runs_went_is_compared_in_factors():
+    assert compare.times([8.0, 8.0, 8.0], [2.0, 2.0]) == "x 4.00 (4.00 to 4.00)"
+    said = compare.times([65.0, 154.0, 204.0], [9.0, 10.0, 12.0])
+    assert said.startswith("x 12.37 (3.1") and "tie" not in said
+    assert compare.times([2.0, 8.0], [4.0, 4.0]).endswith(": a tie")
+    assert compare.times([8.0], [2.0, 2.0]) == "x 4.00: one seed decides nothing"
 
 
 def test_the_objective_is_the_reward_gained_less_the_price_of_the_kl(home):
@@ -47,9 +62,11 @@ def test_drawing_until_an_answer_is_whole_keeps_the_whole_ones_and_all_where_the
 
 
 def test_the_frozen_recipe_is_not_compared_with_itself(home):
-    write("headline", "frozen", 0), write("dpo", "beta_1", 3)
-    frozen, alone = compare.rows("headline", "dpo")
-    assert frozen[0] == "frozen" and frozen[4] == "" and alone[4] == ""  # and no run has seed 3 beside it
+    write("dpo", "beta_1", 3)
+    assert compare.rows("dpo")[0][4] == ""  # nothing to compare it with
+    write("headline", "frozen", 0)
+    frozen, other = compare.rows("headline", "dpo")
+    assert frozen[0] == "frozen" and frozen[4] == "" and other[4] == "+0.00: one seed decides nothing"
     assert frozen[2].startswith("+0.50") and frozen[5:] == ["4.0", "100%"]
 
 

@@ -1,11 +1,11 @@
-"""Bootstrap intervals: exact on small cases, and right about as often as they say."""
+"""Intervals: exact on small cases, and right about as often as they say."""
 
 import tracemalloc
 
 import numpy as np
 import pytest
 
-from rlhf_helpers.intervals import mean_interval, share_interval, two_level_interval
+from rlhf_helpers.intervals import mean_interval, share_interval, student, two_level_interval
 
 
 def test_a_mean_over_two_values_can_be_either():
@@ -46,27 +46,47 @@ def test_it_covers_the_true_mean_about_as_often_as_it_says():
     assert 87 <= covered <= 99
 
 
-def test_with_both_levels_drawn_an_interval_is_as_wide_as_the_wider_of_them():
+def test_student_s_quantiles_are_those_of_the_tables():
+    found = [round(student(freedom), 3) for freedom in (1, 2, 3, 4, 9, 30, 120, 1e6)]
+    assert found == [12.706, 4.303, 3.182, 2.776, 2.262, 2.042, 1.980, 1.960]
+
+
+def half(values, control=None):
+    mean, (low, high) = two_level_interval(values, control)
+    assert high - mean == pytest.approx(mean - low)
+    return high - mean
+
+
+def test_of_seeds_or_of_prompts_alone_it_is_student_s_interval():
+    """All the chance in one level: the mean, give or take t of that level's degrees of freedom times its standard error."""
+    seeds, prompts = np.array([0.0, 1.0, 2.0]), np.random.default_rng(0).normal(size=100)
+    assert half(seeds[:, None] + np.zeros((3, 50))) == pytest.approx(4.3027 * 1.0 / 3**0.5, rel=1e-4)
+    assert half(seeds[:, None]) == pytest.approx(4.3027 * 1.0 / 3**0.5, rel=1e-4)  # one number a seed
+    of_prompts = 1.9842 * prompts.std(ddof=1) / 100**0.5
+    assert half(prompts + np.zeros((4, 1))) == half(prompts[None]) == pytest.approx(of_prompts, rel=1e-4)
+
+
+def test_of_two_groups_of_seeds_it_is_welch_s():
+    """By the formulas of Welch 1947: the variances of the two means add up, with Satterthwaite's degrees of freedom."""
+    first, second = np.array([1.0, 2, 4])[:, None], np.array([0.0, 1, 1, 2, 0])[:, None]
+    parts = [group.var(ddof=1) / len(group) for group in (first, second)]
+    freedom = sum(parts) ** 2 / (parts[0] ** 2 / 2 + parts[1] ** 2 / 4)
+    assert half(first, second) == pytest.approx(student(freedom) * sum(parts) ** 0.5)
+    assert two_level_interval(first, second)[0] == pytest.approx(7 / 3 - 0.8)
+
+
+def test_what_two_groups_have_in_common_on_a_prompt_is_no_part_of_their_difference():
     rng = np.random.default_rng(0)
-    seeds = rng.normal(size=(10, 1)) + np.zeros((10, 100))  # all the chance is in the seeds
-    prompts = np.zeros((10, 1)) + rng.normal(size=(1, 100))
-    width = lambda values: np.subtract(*two_level_interval(values)[1][::-1])
-    assert width(seeds) == pytest.approx(2 * 1.96 * seeds[:, 0].std() / 10**0.5, rel=0.15)
-    assert width(prompts) == pytest.approx(2 * 1.96 * prompts[0].std() / 100**0.5, rel=0.15)
+    hard, first, second = 10 * rng.normal(size=80), rng.normal(size=(3, 80)), rng.normal(size=(5, 80))
+    assert half(first + hard, second + hard) == pytest.approx(half(first, second))
 
 
-def test_the_two_level_interval_covers_the_true_mean_about_as_often_as_it_says():
+@pytest.mark.parametrize("seeds, control", [(3, None), (10, None), (3, 10), (3, 3)])
+@pytest.mark.parametrize("between_seeds", [0.0, 0.1, 0.4])
+def test_it_covers_the_truth_about_as_often_as_it_says_whatever_the_chance_is_made_of(seeds, control, between_seeds):
     rng, covered = np.random.default_rng(1), 0
-    for _ in range(100):
-        values = 1.0 + rng.normal(size=(10, 1)) * 0.3 + rng.normal(size=(1, 60)) + rng.normal(size=(10, 60))
-        low, high = two_level_interval(values, draws=400)[1]
-        covered += low <= 1.0 <= high
-    assert 85 <= covered <= 100
-
-
-def test_of_few_seeds_the_interval_is_as_wide_as_student_s_t():
-    """Three seeds that differ, over prompts that do not: the mean, give or take 4.30 standard errors (to a bootstrap's shape)."""
-    values = np.array([0.0, 1.0, 2.0])[:, None] + np.zeros((3, 50))
-    mean, (low, high) = two_level_interval(values)
-    error = values[:, 0].std(ddof=1) / 3**0.5
-    assert mean == 1.0 and high - 1 > 3.3 * error and 1 - low > 3.3 * error
+    drawn = lambda n: rng.normal(size=(n, 1)) * between_seeds + rng.normal(size=(1, 60)) * 0.5 + rng.normal(size=(n, 60))
+    for _ in range(200):
+        low, high = two_level_interval(drawn(seeds), control and drawn(control))[1]
+        covered += low <= 0.0 <= high
+    assert 181 <= covered <= 199  # of 200; 190 are meant

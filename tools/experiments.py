@@ -23,6 +23,8 @@ from rlhf_helpers.course.compare import (
     plane,
     signed,
     spread,
+    stacked,
+    times,
     verdict,
 )
 from rlhf_helpers.course.experiments import EXPERIMENTS, SCORED, missing
@@ -205,17 +207,15 @@ def compared(experiment):
 
 
 def at_what_cost(experiment):
-    """[a table] of the KL of each condition with several seeds, and of its gain by PPO's own objective at the headline's price."""
-    headline = {log.head["seed"]: log for log in logs_of("headline")}
-    rows = []
-    for condition, logs in by_condition(experiment).items():
-        pairs = [(log, headline[log.head["seed"]]) for log in logs if log.head["seed"] in headline]
-        if len(logs) > 1 and pairs:
-            price = pairs[0][1].head["config"]["init_kl_coef"]
-            kl, worth = (lambda log: log.by_prompt(log.after["kl"]).mean(1)), (lambda log: net(log, price))
-            apart = [verdict(np.stack([of(log) - of(frozen) for log, frozen in pairs])) for of in (kl, worth)]
-            rows.append([condition, apart[0], spread(two_level_interval(np.stack(list(map(worth, logs))))), apart[1]])
-    against = "against the frozen recipe, same seeds"
+    """[a table] of the KL of each condition with several seeds, and of its gain less the headline's price of that KL."""
+    frozen, rows = logs_of("headline"), []
+    for condition, logs in by_condition(experiment).items() if frozen else ():
+        if len(logs) > 1:
+            price = frozen[0].head["config"]["init_kl_coef"]
+            further = times(*([log.kl for log in some] for some in (logs, frozen)))
+            worth, control = (stacked(some, lambda log: net(log, price)) for some in (logs, frozen))
+            rows.append([condition, further, spread(two_level_interval(worth)), verdict(worth, control)])
+    against = "against the frozen recipe"
     head = ["condition", f"KL {against}", f"reward less {price:g} a nat, gained", f"the same, {against}"] if rows else []
     return [table(head, rows)] if rows else []
 

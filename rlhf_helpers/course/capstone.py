@@ -15,7 +15,7 @@ from rlhf_helpers.course.gold import gold_parts, gold_reward, is_whole, names_su
 from rlhf_helpers.course.runs import Log, logs_of, read_log
 from rlhf_helpers.data import load_preferences
 from rlhf_helpers.evaluation import chosen_of, paired_gain
-from rlhf_helpers.intervals import mean_interval, share_interval, two_level_interval
+from rlhf_helpers.intervals import mean_interval, share_interval
 
 PAIRS = 50
 BUDGET = CPU.ppo_config().kl_budget  # nats, of all blind runs but the misled one
@@ -271,7 +271,7 @@ def gains(logs):
     """Rows of gold gained over the untrained model on the 120 test prompts, two answers to each, with its interval."""
     base, rows = logs_of("base", "test")[0], {}
     for name, log in ({"untrained": base} | logs).items():
-        gain, (low, high) = two_level_interval([compare.gain(log, "gold")])
+        gain, (low, high) = mean_interval(compare.gain(log, "gold"))
         gained = ("", "") if log is base else (f"{gain:+.2f}", f"{low:+.2f} to {high:+.2f}")
         warm = np.mean([gold_parts(*answer)["warmth"] for answer in zip(log.judged, log.after["responses"])])
         rows[name] = {"gold gained": gained[0], "95 % interval": gained[1], "KL": f"{log.kl:.1f}",

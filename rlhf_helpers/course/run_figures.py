@@ -16,7 +16,7 @@ from rlhf_helpers.course.plots import (
     over_lines,
     running_mean,
 )
-from rlhf_helpers.intervals import quantiles
+from rlhf_helpers.intervals import two_level_interval
 
 COLOURS = (RED, ORANGE)
 FORMS = {  # what multiplies alpha and -beta, of the distance d
@@ -120,13 +120,11 @@ def fitted(distances, gains, form):
     return np.linalg.lstsq(FORMS[form](np.asarray(distances, float)), np.asarray(gains, float), rcond=None)[0]
 
 
-def fit_with_interval(groups, form, draws=1000, seed=0):
-    """((alpha, (low, high)), (beta, (low, high))): the fit to all points of `groups`, a list of (distances, gains) each, and its 95 %
-    bootstrap interval over the groups (runs, or prompts)."""
-    rng, numbers = np.random.default_rng(seed), range(len(groups))
-    fit = lambda rows: fitted(*(np.concatenate([groups[row][side] for row in rows]) for side in (0, 1)), form)
-    best, drawn = fit(numbers), np.array([fit(rng.choice(numbers, len(numbers))) for _ in range(draws)])
-    return tuple((float(value), quantiles(column)) for value, column in zip(best, drawn.T))
+def fit_with_interval(groups, form):
+    """((alpha, (low, high)), (beta, (low, high))): the mean of the fits to each of `groups` (a run's, or a prompt's, distances and
+    gains), and its interval over the groups."""
+    fits = np.array([fitted(*group, form) for group in groups])
+    return tuple(two_level_interval(column[:, None]) for column in fits.T)
 
 
 def gao(clouds, dots=None):
@@ -134,19 +132,20 @@ def gao(clouds, dots=None):
     averaged where all groups share their distances), and `dots`, {name: (distances, gains)}, as larger marks."""
     figure, axes = new_figure(size=(8, 4.2))
     axis = axes[0, 0]
-    for (name, (groups, form)), colour in zip(clouds.items(), (BLUE, GREY)):
+    for (name, (groups, form)), colour in zip(clouds.items(), (BLUE, ORANGE, GREY)):
         d, y = (np.concatenate([group[side] for group in groups]) for side in (0, 1))
         grid = np.linspace(max(1e-3, d.min()), d.max(), 200)
         if all(np.array_equal(group[0], groups[0][0]) for group in groups):
             d, y = groups[0][0], np.mean([group[1] for group in groups], 0)
         axis.plot(d, y, ".", color=colour, alpha=0.5, markersize=7)
-        axis.plot(grid, FORMS[form](grid) @ fitted(d, y, form), color=colour, linewidth=2, label=f"{name}: {form}")
+        line = FORMS[form](grid) @ [mean for mean, _ in fit_with_interval(groups, form)]
+        axis.plot(grid, line, color=colour, linewidth=2, label=f"{name}: {form}")
     for (name, (d, y)), marker in zip((dots or {}).items(), "Ds"):
         axis.plot(d, y, marker, color=RED, markersize=6, linestyle="none", label=name)
     most = axis.get_xlim()[1] ** 2
-    ticks = [tick for tick in (0, 0.25, 1, 2, 4, 6, 9, 12, 16, 25, 50, 100) if tick <= most]
+    ticks = [tick for tick in (0, 0.25, 1, 2, 4, 6, 9, 12, 16, 25, 36, 50, 100) if tick <= most]
     axis.set_xticks(np.sqrt(ticks), [f"{tick:g}" for tick in ticks])
     axis.axhline(0, color="black", linewidth=0.6)
     axis.set(xlabel="KL, nats an answer, spaced by its square root d", ylabel="gold gained")
-    legend(figure)
+    axis.legend(frameon=False, fontsize=SMALL, loc="upper left")
     return figure
