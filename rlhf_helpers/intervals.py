@@ -56,7 +56,8 @@ def two_level_interval(values, control=None):
     groups = [np.asarray(group, dtype=float) for group in (values, control) if group is not None]
     by_prompt = groups[0].mean(0) - (groups[1].mean(0) if control is not None else 0.0)
     mean, prompts = float(by_prompt.mean()), len(by_prompt)
-    terms = [(by_prompt.var(ddof=1) / prompts, prompts - 1)] if prompts > 1 else []  # (part of the variance, degrees of freedom)
+    # each part of the variance, with its degrees of freedom
+    terms = [(by_prompt.var(ddof=1) / prompts, prompts - 1)] if prompts > 1 else []
     for seeds, group in ((len(group), group) for group in groups if len(group) > 1):
         terms.append((group.mean(1).var(ddof=1) / seeds, seeds - 1))
         if prompts > 1:

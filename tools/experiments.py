@@ -1,7 +1,7 @@
-"""Write the tables and figures of docs/experiments.md from the logs in data/runs: `python tools/experiments.py`.
+"""Write the tables and figures of docs/experiments.md, and the README's table, from the logs in data/runs: `python tools/experiments.py`.
 
-Between `<!-- NAME -->` and `<!-- end -->` stands what the function of that name makes; all else in the page is written by hand.
-`--check` writes nothing, and exits with 1 where the page is not what the logs say."""
+Between `<!-- NAME -->` and `<!-- end -->` stands what the function of that name makes; all else in the pages is written by hand.
+`--check` writes nothing, and exits with 1 where a page is not what the logs say."""
 
 import argparse
 import math
@@ -28,7 +28,7 @@ from rlhf_helpers.course.compare import (
     verdict,
 )
 from rlhf_helpers.course.experiments import EXPERIMENTS, SCORED, missing
-from rlhf_helpers.course.gold import gold_parts, gold_reward, is_whole
+from rlhf_helpers.course.gold import gold_parts, gold_reward
 from rlhf_helpers.course.runs import logs_of
 from rlhf_helpers.data import read_jsonl
 from rlhf_helpers.evaluation import chosen_of
@@ -36,6 +36,7 @@ from rlhf_helpers.intervals import mean_interval, two_level_interval
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "experiments.md"
+PAGES = (PAGE, HERE.parent / "README.md")
 NONE_YET = "*Not made yet.*"
 
 
@@ -132,11 +133,10 @@ def headline():
 
 
 def controls(logs, best_of_4):
-    """What else would have brought the gold, and what the gain is worth by PPO's own objective."""
+    """What else would have brought the gold, and what the gain is worth by the objective."""
     before, price = base("test"), logs[0].head["config"]["init_kl_coef"]
     whole = drawn_until_whole(before, before.gold)
-    ended = before.by_prompt([is_whole(text) for text in before.after["responses"]])
-    draws = np.mean((ended.shape[1] + 1) / (ended.sum(1) + 1))  # 1 / p, prompt by prompt, kept finite where none ended
+    draws = compare.draws_until_whole(before)
     apart = two_level_interval(np.stack([log.by_prompt(log.gold).mean(1) - whole for log in logs]))
     more = mean_interval(whole - before.by_prompt(before.gold).mean(1))
     worth = np.stack([net(log, price) for log in logs])
@@ -144,7 +144,7 @@ def controls(logs, best_of_4):
     return [
         f"- Drawing anew until an answer of the untrained model is *whole*, without a reward model, has a gold of {whole.mean():.2f}: {spread(more)} "
         f"above a single one, at {draws:.1f} draws an answer. PPO has {spread(apart)} more.",
-        f"- By PPO's own objective, the reward less {price:g} a nat of KL, the ten gained {spread(two_level_interval(worth))}; best of 4, at its bound of "
+        f"- By the objective, the reward less {price:g} a nat of KL, the ten gained {spread(two_level_interval(worth))}; best of 4, at its bound of "
         f"KL, {signed(free)}.",
     ]
 
@@ -274,10 +274,12 @@ def endless():
     for condition, logs in by_condition("endless").items():
         for log in logs:
             ended, tokens, kl = (log.course_of(name) for name in ("ended", "length", "kl"))
-            shares = [f"{ended[part].mean():.0%}" for part in (slice(None, 4), slice(-4, None))]
-            rows.append([condition, log.head["seed"], *shares, f"{tokens[-4:].mean():.1f}", f"{kl[-4:].mean():.1f}",
+            parts = (slice(None, 4), slice(-4, None))
+            shares = [f"{ended[part].mean():.0%}" for part in parts]
+            rose = [" to ".join(signed(log.course_of(name)[part].mean()) for part in parts) for name in ("score", "gold")]
+            rows.append([condition, log.head["seed"], *shares, *rose, f"{tokens[-4:].mean():.1f}", f"{kl[-4:].mean():.1f}",
                          spread(mean_interval(gain(log, "gold"))), f"{log.whole:.0%}"])  # fmt: skip
-    head = ["condition", "seed", "ended, first four steps", "ended, last four", "tokens, last four", "KL, last four",
+    head = ["condition", "seed", "ended, first four steps", "ended, last four", "score, first four to last", "gold, first four to last", "tokens, last four", "KL, last four",
             "gold gained, test prompts, 64 tokens", "whole there"]  # fmt: skip
     return table(head, rows) if rows else NONE_YET
 
@@ -344,6 +346,7 @@ BLOCKS = dict(
     ensemble_of_five=ensemble_of_five,
     endless=endless,
     still_to_make=still_to_make,
+    reached=lambda: table(compare.REACHED, compare.reached()),
 )
 BLOCKS |= {name: (lambda name=name: compared(name)) for name in EXPERIMENTS if name not in BLOCKS and name != "base"}
 DRAWN = [name for name in EXPERIMENTS | SCORED if name != "base"]
@@ -363,11 +366,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    page = PAGE.read_text(encoding="utf-8")
-    made = filled(page)
+    pages = {path: path.read_text(encoding="utf-8") for path in PAGES}
+    made = {path: filled(page) for path, page in pages.items()}
     if options.check:
-        return int(made != page)
-    PAGE.write_text(made, encoding="utf-8")
+        return int(made != pages)
+    for path, page in made.items():
+        path.write_text(page, encoding="utf-8")
     draw(PAGE.parent / "figures")
     return 0
 

@@ -10,7 +10,7 @@ from rlhf_helpers.course.experiments import EXPERIMENTS, missing
 from rlhf_helpers.course.gold import is_whole
 from rlhf_helpers.course.runs import logs_of
 from rlhf_helpers.evaluation import chosen_of
-from rlhf_helpers.intervals import two_level_interval
+from rlhf_helpers.intervals import mean_interval, two_level_interval
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 MORE_COLOURS = ("#56B4E9", "#000000", "#994F00", "#5D3A9B", "#40B0A6", "#B8A800")
@@ -40,7 +40,7 @@ def gain(log, name):
 
 
 def net(log, price):
-    """PPO's own objective, prompt by prompt, (prompts,): the reward less a price on KL (Ziegler et al. 2019, equation 2), less what the
+    """The objective of RLHF, prompt by prompt, (prompts,): the reward less a price on KL (Ziegler et al. 2019, equation 2), less what the
     untrained model has, whose KL is 0."""
     return gain(log, "rewards") - price * log.by_prompt(log.after["kl"]).mean(1)
 
@@ -51,6 +51,12 @@ def drawn_until_whole(log, values):
     whole = log.by_prompt([is_whole(text) for text in log.after["responses"]])
     kept = np.where(whole.any(1, keepdims=True), whole, True)
     return (log.by_prompt(values) * kept).sum(1) / kept.sum(1)
+
+
+def draws_until_whole(log):
+    """How many draws an answer that takes, mean over prompts: 1 / the share of whole ones, kept finite where none is."""
+    whole = log.by_prompt([is_whole(text) for text in log.after["responses"]])
+    return float(np.mean((whole.shape[1] + 1) / (whole.sum(1) + 1)))
 
 
 def signed(x):
@@ -110,6 +116,45 @@ def rows(*experiments):
         made.append([condition, len(logs), *(spread(two_level_interval(values)) for values in gains.values()), apart,
                      " ".join(f"{log.kl:.1f}" for log in logs), f"{np.mean([log.whole for log in logs]):.0%}"])  # fmt: skip
     return made
+
+
+def reached():
+    """Rows of REACHED for the ways to answer the test prompts: what each has, and at what price in KL and in draws."""
+    before = base("test")
+    rewards, gold = before.by_prompt(before.rewards), before.by_prompt(before.gold)
+    row = lambda name, level, gained, reward, kl, draws: [
+        name,
+        f"{level:.2f}",
+        spread(gained) if gained else "",
+        reward,
+        kl,
+        draws,
+    ]
+    whole = drawn_until_whole(before, before.gold)
+    made = [row("the untrained model", gold.mean(), None, f"{rewards.mean():.2f}", "0", "1"),
+            row("the same, drawn anew until whole", whole.mean(), mean_interval(whole - gold.mean(1)),
+                f"{drawn_until_whole(before, before.rewards).mean():.2f}", "", f"{draws_until_whole(before):.1f}")]  # fmt: skip
+    for n in (4, 8, 16):
+        best, score = (chosen_of(rewards, values, n) for values in (gold, rewards))
+        kl = f"at most {math.log(n) - (n - 1) / n:.1f}"
+        made.append(row(f"its best of {n}", best.mean(), mean_interval(best - gold.mean(1)), f"{score.mean():.2f}", kl, str(n)))
+    for name, (experiment, condition) in TRAINED.items():
+        logs = logs_of(experiment, condition)
+        ends = [log.kl for log in logs]
+        reward = rewards.mean() + np.mean([gain(log, "rewards").mean() for log in logs])
+        made.append(row(f"{name}, {len(logs)} seeds", np.mean([log.gold.mean() for log in logs]),
+                        two_level_interval(stacked(logs, lambda log: gain(log, "gold"))), f"{reward:.2f}",
+                        f"{np.mean(ends):.1f} ({min(ends):.1f} to {max(ends):.1f})", "1"))  # fmt: skip
+    return made
+
+
+REACHED = ["answers by", "gold", "gained", "reward", "KL, nats", "draws an answer"]
+TRAINED = {
+    "**PPO**, the frozen recipe": ("headline", None),
+    "PPO without a price or a budget": ("prices", "price_0_lr_0.002"),
+    "DPO, β = 0.1": ("dpo", "beta_0.1"),
+    "DPO, β = 0.03": ("dpo", "beta_0.03"),
+}
 
 
 def not_made(*experiments):
