@@ -220,6 +220,28 @@ def at_what_cost(experiment):
     return [table(head, rows)] if rows else []
 
 
+def the_control():
+    """How much hangs on single runs of the frozen recipe, and whether equal seeds make runs alike."""
+    clear = lambda *groups: not (interval := two_level_interval(*groups)[1])[0] <= 0 <= interval[1]
+    of = lambda logs: stacked(logs, lambda log: gain(log, "gold"))
+    frozen, rows, scatter = of(logs_of("headline")), [], []
+    several = [(name, logs) for experiment in COMPARED for name, logs in by_condition(experiment).items() if len(logs) > 2]
+    for name, logs in several:
+        gold = of(logs)
+        scatter.append(gold[:3].mean(1) - gold[:3].mean())
+        full = clear(gold, frozen)
+        turns = [seed for seed in range(len(frozen)) if clear(gold, np.delete(frozen, seed, 0)) != full]
+        if turns:
+            rows.append([name, verdict(gold, frozen), ", ".join(map(str, turns))])
+    means = ", ".join(f"{mean:+.2f}" for mean in np.mean(scatter, axis=0))
+    line = (
+        f"Gold of seeds 0, 1 and 2 less their condition's mean, on average over {len(several)} conditions: {means}; a single run "
+        f"scatters by {np.std(scatter):.2f}. So equal seeds hardly make runs alike.\n\nVerdicts in gold that turn when one run of the "
+        "frozen recipe is left out:"
+    )
+    return f"{line}\n\n{table(['condition', 'gold against the ten', 'turns without seed'], rows)}"
+
+
 def reward_models():
     """Reward models by themselves: how each ranks the test pairs, and what the best of n by its choice is worth."""
     conditions = dict.fromkeys(log.head["condition"] for log in logs_of("reward_models"))
@@ -346,9 +368,11 @@ BLOCKS = dict(
     ensemble_of_five=ensemble_of_five,
     endless=endless,
     still_to_make=still_to_make,
+    the_control=the_control,
     reached=lambda: table(compare.REACHED, compare.reached()),
 )
-BLOCKS |= {name: (lambda name=name: compared(name)) for name in EXPERIMENTS if name not in BLOCKS and name != "base"}
+COMPARED = [name for name in EXPERIMENTS if name not in BLOCKS and name != "base"]
+BLOCKS |= {name: (lambda name=name: compared(name)) for name in COMPARED}
 DRAWN = [name for name in EXPERIMENTS | SCORED if name != "base"]
 BLOCKS |= {name: (lambda name=name, made=BLOCKS[name]: with_figure(name, made())) for name in DRAWN}
 

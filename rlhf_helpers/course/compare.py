@@ -68,6 +68,11 @@ def spread(interval):
     return f"{signed(mean)} ({signed(low)} to {signed(high)})"
 
 
+def over(values):
+    """(mean, interval) of (runs, prompts): of one run over its prompts, of several over both."""
+    return mean_interval(values[0]) if len(values) == 1 else two_level_interval(values)
+
+
 def verdict(values, control=None):
     """A difference, (seeds, prompts), or that of two groups of runs, with its interval: a tie where that has 0 in it, and no verdict
     from one seed."""
@@ -113,7 +118,7 @@ def rows(*experiments):
         apart = ""
         if frozen and logs[0].head.get("experiment") != "headline":
             apart = verdict(gains["gold"], stacked(frozen, lambda log: gain(log, "gold")))
-        made.append([condition, len(logs), *(spread(two_level_interval(values)) for values in gains.values()), apart,
+        made.append([condition, len(logs), *(spread(over(values)) for values in gains.values()), apart,
                      " ".join(f"{log.kl:.1f}" for log in logs), f"{np.mean([log.whole for log in logs]):.0%}"])  # fmt: skip
     return made
 
