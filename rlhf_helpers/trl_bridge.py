@@ -87,7 +87,7 @@ def quiet():
 @contextlib.contextmanager
 def own_adapters(lm):
     """While TRL builds a trainer on the PEFT model `lm`: it rounds the adapters of 4-bit models to bf16, where small steps vanish,
-    and afterwards they are as they were."""
+    and afterwards they are as they were. (TRL 1.12.0; can go when its GRPOTrainer leaves the adapters' dtype alone.)"""
     keep_gradients(lm)
     kept = {name: parameter.data.clone() for name, parameter in lm.named_parameters() if parameter.requires_grad}
     try:
