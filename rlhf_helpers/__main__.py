@@ -43,9 +43,15 @@ examples:
 OURS = ("value_learning_rate", "temperature", "max_new_tokens", "missing_eos_penalty", "kl_budget", "system", "num_generations")
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """One sentence, as for any other bad input; argparse would print all options first."""
+        self.exit(2, f"error: {message}; --help lists the options\n")
+
+
 def parser():
     """The command line: the run's own options, then one for every field of PPOConfig (left out of the result if not given)."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="python -m rlhf_helpers",
         description="Fine-tune a 4-bit language model with PPO against a reward model, and measure what it brought.",
         epilog=EPILOG,
@@ -56,7 +62,11 @@ def parser():
     top.add_argument("--prepare", action="store_true", help="fetch the models, train the reward model, and stop")
     top.add_argument("--profile", default="cpu", metavar="NAME", help=f"{' or '.join(PROFILES)} (default: cpu)")
     top.add_argument("--model", help="the policy: a name the course knows, a folder, or org/model (default: the profile's)")
-    top.add_argument("--prompts", metavar="FILE", help="JSON lines with a field prompt (default: the preference file)")
+    top.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="JSON lines with a field prompt, or preference pairs, of which the prompts are taken (default: the preference file)",
+    )
     top.add_argument("--heldout", metavar="FILE", help="JSON lines with the prompts to judge by (default: the course's 60)")
     top.add_argument("--reward-model", metavar="FOLDER", help="a sequence classifier (default: output/reward_model_pairwise)")
     top.add_argument("--steps", type=int, help="PPO steps (default: the profile's)")
@@ -215,7 +225,8 @@ def run(options):
         processes.print("this card has no native bf16 (compute capability below 8.0): computing in fp16, which ends at 65,504")
     if job.shard:
         several_processes()
-    if processes.num_processes > 1 and not Path(job.reward_folder).exists():  # transformers' Trainer would join these processes
+    # several processes do not train it: transformers' Trainer would join them
+    if options.reward_model is None and processes.num_processes > 1 and not Path(job.reward_folder).exists():
         raise InputError(f"{job.reward_folder}: no reward model yet; expected one from `python -m rlhf_helpers --prepare`")
     # wrong folders are reported before the models are fetched
     reward = RewardModel.load(options.reward_model) if options.reward_model is not None else None

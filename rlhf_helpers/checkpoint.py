@@ -233,7 +233,8 @@ def _read(folder):
     if not folder.is_dir():
         raise MissingInput(f"{asked}: no checkpoint here; {made_by}")
     if not any((folder / name).is_file() for name in ("trainer.json", "manifest.json")):
-        raise InputError(f"{asked}: no checkpoint here; {made_by}, with trainer.json")
+        inside = f" ({asked / 'checkpoint'} is one)" if (folder / "checkpoint" / "trainer.json").is_file() else ""
+        raise InputError(f"{asked}: no checkpoint here{inside}; {made_by}, with trainer.json")
     check_manifest(folder)
     path = folder / "trainer.json"
     about = read_json(path)

@@ -82,7 +82,9 @@ class PPOConfig:
     temperature: float = setting(1.0, "divides the logits, when sampling and when scoring alike")
     max_new_tokens: int = setting(50, "longest response, in tokens")
     system: str | None = setting(None, "the system's turn before every prompt that has none of its own")
-    num_generations: int = setting(1, "responses to each prompt of a step")
+    num_generations: int = setting(
+        1, "responses to each prompt of a step (PPO takes them as any others; groups need an advantage of their own, in Python)"
+    )
     missing_eos_penalty: float | None = setting(None, "taken from the score of a response without EOS")
     kl_budget: float | None = setting(
         None, "objective/kl per response, mean of 4 steps, past which train() ends (Gao et al. 2023)"

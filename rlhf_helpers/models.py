@@ -61,8 +61,9 @@ def usable(model):
     except (InputError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        way = " Accept its terms on the hub, and set HF_TOKEN." if "gated" in str(error).lower() else ""
         raise InputError(
-            f"{model}: cannot be used as a model ({reason(error)}); expected one that transformers can load"
+            f"{model}: cannot be used as a model ({reason(error)}{way}); expected one that transformers can load"
         ) from error
 
 

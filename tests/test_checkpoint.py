@@ -499,8 +499,14 @@ def test_a_full_disk_while_saving_leaves_the_old_checkpoint_and_gives_one_senten
 
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
     for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(InputError, match="no checkpoint here"):
+        with pytest.raises(InputError, match="no checkpoint here; expected"):
             tiny.trainer().resume(folder)
+
+
+def test_of_a_run_s_folder_it_says_where_the_checkpoint_is(tmp_path):
+    tiny.trainer().save(tmp_path / "checkpoint")
+    with pytest.raises(InputError, match=r"no checkpoint here \(.+checkpoint is one\); expected"):
+        tiny.trainer().resume(tmp_path)
 
 
 @pytest.mark.parametrize("killed_at", [1, 2])

@@ -87,6 +87,19 @@ def test_settings_are_parsed_into_their_types():
     assert parser().parse_args(["--kl_budget", "none"]).kl_budget is None
 
 
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        (["--step_count", "3"], "unrecognized arguments: --step_count 3"),
+        (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
+        (["--adap_kl_ctrl", "yes"], "argument --adap_kl_ctrl/--adap-kl-ctrl: 'yes'; expected true or false"),
+    ],
+)
+def test_a_wrong_option_is_one_sentence(wrong, said, capsys):
+    assert exit_status(wrong) == 2
+    assert capsys.readouterr().err == f"error: {said}; --help lists the options\n"
+
+
 def test_help_does_not_wait_for_torch():
     code = "import sys, rlhf_helpers.__main__ as script; script.parser().format_help(); print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV).stdout == "False\n"

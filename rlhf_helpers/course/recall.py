@@ -39,7 +39,7 @@ CURVES, AFTER, SEEN = ("05", "4 · Train"), ("05", "5 · After"), ("07", "3 · W
 QUESTIONS = {
     "01": (
         question(
-            "The reward model gives 10, 11 and 11.5 where it gave 0, 1 and 1.5. What becomes of the gradient that single draws estimate?", "B",
+            "The reward model gives 10, 11 and 11.5 where it gave 0, 1 and 1.5. What becomes of a single draw's estimate of the gradient?", "B",
             ("its mean grows tenfold, and training goes faster", "A constant added to every score adds nothing to the mean: the probabilities sum to 1, whatever the policy.", BASELINE),
             ("its mean stays, its variance grows", "What is added cancels on average, and not in a single draw; a baseline takes it out again.", BASELINE),
             ("nothing changes: only differences count", "They do for the mean. A single draw is pushed by its whole score.", BASELINE),
