@@ -24,7 +24,8 @@ every step), samples.jsonl (the same held-out prompts before and after), curves.
 PEFT loads, with everything needed to go on), saved every --save_every steps.
 
 Nothing is lost: Ctrl-C finishes the step and saves, and the same command goes on where it was, to the last bit, after a kill or
-a power cut too. Other settings in the same folder are refused, except --steps, --kl_budget, --log_with. --fresh begins anew.
+a power cut too. Other settings in the same folder are refused, except --steps, --kl_budget, --log_with,
+--save_every, --shard. --fresh begins anew.
 The exit status is 0, 2 after bad input or a full disk, 130 after Ctrl-C, 143 after SIGTERM, 141 where nobody reads the output any
 more (a pipe), 1 after a fault of the program; of --check, 1 where this machine lacks something.
 

@@ -50,7 +50,8 @@ def student(dof):
 def two_level_interval(values, control=None):
     """(mean, (low, high)) of (seeds, prompts), where seeds and prompts were both chosen by chance; with a `control`, (other seeds, the
     same prompts), of the difference of the two means. Student's t: the variance of a mean over two crossed factors is what its seeds'
-    means give, and what its prompts' means give, less the noise, which is in both; its degrees of freedom are Satterthwaite's (1946).
+    means give, and what its prompts' means give, less the noise, which is in both (never less than one of them alone); its degrees of
+    freedom are Satterthwaite's (1946).
     (Westfall, Kenny & Judd 2014, doi:10.1037/xge0000014.) Two groups of seeds need not have one variance (Welch 1947). Of one seed,
     or of one prompt, only the other level is in it."""
     groups = [np.asarray(group, dtype=float) for group in (values, control) if group is not None]

@@ -23,9 +23,9 @@ class Keeper:
         """A new run: measures the base policy and saves step 0. Only then what an earlier run left is gone."""
         job, trainer = self.job, self.trainer
         if reward.std == 1.0 and reward.mean == 0.0:  # a reward model from elsewhere: standardise it as ours is
-            standardise_on_base(trainer, reward, job.prompts)
+            standardise_on_base(trainer, reward, job.prompts, batch_size=at_once(trainer, 32))
         trainer.accelerator.print(f"held-out prompts: {len(job.heldout)}, with 4 samples each, before training", flush=True)
-        before = evaluate(trainer, job.heldout, reward, samples=4, reference=True)
+        before = evaluate(trainer, job.heldout, reward, samples=4, reference=True, batch_size=at_once(trainer))
         if job.resume is not None:
             trainer.resume(job.resume)
             trainer.accelerator.print(f"resumed at step {trainer.steps_done}", flush=True)
@@ -87,6 +87,11 @@ class Keeper:
             f"value loss {stats['ppo/loss/value']:.3f}  "
             f"length {stats['tokens/responses_len_mean']:.0f}  {seconds:.1f} s  {left:.1f} min left"
         )
+
+
+def at_once(trainer, most=40):
+    """How many held-out responses are sampled at a time: more than a step's, which are kept for learning, but in proportion."""
+    return min(most, 4 * trainer.config.batch_size)
 
 
 def standardise_on_base(trainer, reward, prompts, count=64, batch_size=32):

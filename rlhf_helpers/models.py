@@ -61,7 +61,7 @@ def usable(model):
     except (InputError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        way = " Accept its terms on the hub, and set HF_TOKEN." if "gated" in str(error).lower() else ""
+        way = " Accept its terms on the hub, and set HF_TOKEN." if "gated repo" in str(error) else ""
         raise InputError(
             f"{model}: cannot be used as a model ({reason(error)}{way}); expected one that transformers can load"
         ) from error

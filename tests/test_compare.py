@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from rlhf_helpers.course import compare, experiments, runs
+from rlhf_helpers.intervals import mean_interval, two_level_interval
 
 TEXTS = ["Tea is a warm drink.", "Rain is wet."]  # gold 2.5 and 1.5
 
@@ -38,6 +39,10 @@ def test_two_seeds_whose_gains_agree_are_told_apart_from_the_frozen_recipe_s(hom
         write("advantages", "leave_one_out", seed, ["Tea is a warm drink.", "Rain is warm."])
     (row,) = compare.rows("advantages")
     assert row[4] == "+2.50 (+2.50 to +2.50)"
+    write("headline", "frozen", 2)  # 1.5 and 2.5, where the others have 0
+    gold = np.array([[0.0, 0.0], [0.0, 0.0], [2.5, 1.5]])
+    said = compare.rows("advantages")[0][4]
+    assert said == compare.verdict(np.full((2, 2), 2.5), gold) and said.startswith("+1.83 (-1.") and said.endswith("): a tie")
 
 
 def test_how_far_runs_went_is_compared_in_factors():
@@ -45,7 +50,24 @@ def test_how_far_runs_went_is_compared_in_factors():
     said = compare.times([65.0, 154.0, 204.0], [9.0, 10.0, 12.0])
     assert said.startswith("x 12.37 (3.1") and "tie" not in said
     assert compare.times([2.0, 8.0], [4.0, 4.0]).endswith(": a tie")
-    assert compare.times([8.0], [2.0, 2.0]) == "x 4.00: one seed decides nothing"
+    assert compare.times([8.0], [2.0, 2.0]) == compare.times([8.0, 8.0], [2.0]) == "x 4.00: one seed decides nothing"
+    assert compare.times([0.0, -0.1, 0.0], [1.0, 1.0, 1.0]) == "x 0.01 (0.01 to 0.01)"
+
+
+def test_what_was_reached_is_said_of_what_has_logs(home):
+    """The untrained model's eight answers, "a", have no gold and rewards 0 to 3; of four draws the best has 3."""
+    untrained, whole, best = compare.reached()
+    assert untrained == ["the untrained model", "0.00", "", "1.50", "0", "1"]
+    assert whole[3:] == ["1.50", "", "5.0"]  # none is whole: all are kept, and 1 / the share stays finite
+    assert best == ["its best of 4", "0.00", "+0.00 (+0.00 to +0.00)", "3.00", "at most 0.6", "4"]
+    write("headline", "frozen", 0), write("headline", "frozen", 1, kl=6.0)
+    ppo = compare.reached()[3]
+    assert ppo == ["**PPO**, the frozen recipe, 2 seeds", "2.00", "+2.00 (-4.35 to +8.35)", "2.00", "5.0 (4.0 to 6.0)", "1"]
+
+
+def test_of_one_run_an_interval_is_over_its_prompts_by_bootstrap():
+    values = np.array([[0.0, 1.0, 4.0, 9.0]])
+    assert compare.over(values) == mean_interval(values[0]) != two_level_interval(values)
 
 
 def test_the_objective_is_the_reward_gained_less_the_price_of_the_kl(home):

@@ -194,10 +194,11 @@ def test_gains_are_against_the_untrained_model_prompt_by_prompt(home):
     assert page.gain(log, "rewards").tolist() == [0.5, 2.0]
 
 
-def test_the_page_says_what_the_logs_say():
-    """`python tools/experiments.py` writes it."""
-    text = page.PAGE.read_text(encoding="utf-8")
-    assert page.filled(text) == text
+@pytest.mark.parametrize("path", page.PAGES, ids=lambda path: path.name)
+def test_the_pages_say_what_the_logs_say(path):
+    """`python tools/experiments.py` writes them."""
+    text = path.read_text(encoding="utf-8")
+    assert "<!-- end -->" in text and page.filled(text) == text
 
 
 def test_every_experiment_with_logs_has_its_figure_on_the_page():

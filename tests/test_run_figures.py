@@ -49,6 +49,10 @@ def test_the_curves_of_gao_end_where_their_points_end():
     points, curve, dots, *_ = figure.axes[0].lines
     assert list(points.get_ydata()) == pytest.approx([0.45, 0.75, 1.05]) and list(dots.get_xdata()) == [1.5]
     assert (curve.get_xdata()[0], curve.get_xdata()[-1]) == (0.5, 2.0)
+    (alpha, _), (beta, _) = run_figures.fit_with_interval(groups, "d (α - β log d)")
+    assert curve.get_ydata()[-1] == pytest.approx(2 * (alpha - beta * np.log(2)))
+    with pytest.raises(ValueError, match="a group of 1 points; expected at least 2"):
+        run_figures.fit_with_interval([(np.array([1.0]), np.array([0.5]))], "d (α - β d)")
 
 
 def test_what_is_paid_and_what_is_wanted_are_two_panels_with_a_line_a_run():

@@ -77,16 +77,16 @@ def verdict(values, control=None):
     """A difference, (seeds, prompts), or that of two groups of runs, with its interval: a tie where that has 0 in it, and no verdict
     from one seed."""
     mean, (low, high) = interval = two_level_interval(values, control)
-    if len(values) == 1:
+    if 1 in (len(values), len(values if control is None else control)):
         return f"{signed(mean)}: one seed decides nothing"
     return spread(interval) + (": a tie" if low <= 0 <= high else "")
 
 
 def times(values, control):
     """How many times as far as other runs some went, of one KL a run: the ratio of the geometric means, with its interval. KLs of one
-    condition lie as factors apart, not as sums: 65, 154 and 204."""
-    mean, (low, high) = two_level_interval(*(np.log(group)[:, None] for group in (values, control)))
-    if len(values) == 1:
+    condition lie as factors apart, not as sums: 65, 154 and 204. (A sampled KL may be below 0; 0.01 stands for all that small.)"""
+    mean, (low, high) = two_level_interval(*(np.log(np.maximum(group, 0.01))[:, None] for group in (values, control)))
+    if 1 in (len(values), len(control)):
         return f"x {math.exp(mean):.2f}: one seed decides nothing"
     said = f"x {math.exp(mean):.2f} ({math.exp(low):.2f} to {math.exp(high):.2f})"
     return said + (": a tie" if low <= 0 <= high else "")
@@ -116,7 +116,7 @@ def rows(*experiments):
     for condition, logs in by_condition(*experiments).items():
         gains = {name: stacked(logs, lambda log: gain(log, name)) for name in ("rewards", "gold")}
         apart = ""
-        if frozen and logs[0].head.get("experiment") != "headline":
+        if frozen and logs[0].head.get("experiment") != "headline" and logs[0].after["split"] == frozen[0].after["split"]:
             apart = verdict(gains["gold"], stacked(frozen, lambda log: gain(log, "gold")))
         made.append([condition, len(logs), *(spread(over(values)) for values in gains.values()), apart,
                      " ".join(f"{log.kl:.1f}" for log in logs), f"{np.mean([log.whole for log in logs]):.0%}"])  # fmt: skip
@@ -125,7 +125,8 @@ def rows(*experiments):
 
 def reached():
     """Rows of REACHED for the ways to answer the test prompts: what each has, and at what price in KL and in draws."""
-    before = base("test")
+    if (before := base("test")) is None:
+        return []
     rewards, gold = before.by_prompt(before.rewards), before.by_prompt(before.gold)
     row = lambda name, level, gained, reward, kl, draws: [
         name,
@@ -139,16 +140,17 @@ def reached():
     made = [row("the untrained model", gold.mean(), None, f"{rewards.mean():.2f}", "0", "1"),
             row("the same, drawn anew until whole", whole.mean(), mean_interval(whole - gold.mean(1)),
                 f"{drawn_until_whole(before, before.rewards).mean():.2f}", "", f"{draws_until_whole(before):.1f}")]  # fmt: skip
-    for n in (4, 8, 16):
+    for n in [n for n in (4, 8, 16) if n <= rewards.shape[1]]:
         best, score = (chosen_of(rewards, values, n) for values in (gold, rewards))
         kl = f"at most {math.log(n) - (n - 1) / n:.1f}"
         made.append(row(f"its best of {n}", best.mean(), mean_interval(best - gold.mean(1)), f"{score.mean():.2f}", kl, str(n)))
     for name, (experiment, condition) in TRAINED.items():
-        logs = logs_of(experiment, condition)
+        if not (logs := logs_of(experiment, condition)):
+            continue
         ends = [log.kl for log in logs]
         reward = rewards.mean() + np.mean([gain(log, "rewards").mean() for log in logs])
         made.append(row(f"{name}, {len(logs)} seeds", np.mean([log.gold.mean() for log in logs]),
-                        two_level_interval(stacked(logs, lambda log: gain(log, "gold"))), f"{reward:.2f}",
+                        over(stacked(logs, lambda log: gain(log, "gold"))), f"{reward:.2f}",
                         f"{np.mean(ends):.1f} ({min(ends):.1f} to {max(ends):.1f})", "1"))  # fmt: skip
     return made
 

@@ -122,7 +122,9 @@ def fitted(distances, gains, form):
 
 def fit_with_interval(groups, form):
     """((alpha, (low, high)), (beta, (low, high))): the mean of the fits to each of `groups` (a run's, or a prompt's, distances and
-    gains), and its interval over the groups."""
+    gains, of two points or more), and its interval over the groups."""
+    if fewest := [len(distances) for distances, _ in groups if len(distances) < 2]:
+        raise ValueError(f"a group of {fewest[0]} points; expected at least 2, as many as the curve has parameters")
     fits = np.array([fitted(*group, form) for group in groups])
     return tuple(two_level_interval(column[:, None]) for column in fits.T)
 
