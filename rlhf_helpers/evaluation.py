@@ -214,7 +214,7 @@ def screen(summary, samples, output):
     say(f"\nheld-out prompts, before -> after {summary['steps']} PPO steps (gain: 95 % interval, bootstrap over prompts)")
     for name in ("reward", "gold"):
         low, high = map(shown, summary[f"heldout_{name}_gain_ci95"])
-        best = f"best of {n('best_of', 'd')} without training {n(f'best_of_{name}')}"
+        best = f"(best of {n('best_of', 'd')}, untrained: {n(f'best_of_{name}', '.2f')})"
         say(f"  {name:7s} {n(f'heldout_{name}_before')} -> {n(f'heldout_{name}_after')}   "
               f"gain {n(f'heldout_{name}_gain')} ({low} to {high})   {best}")  # fmt: skip
     say(f"  whole answers {n('whole_before', '.0%')} -> {n('whole_after', '.0%')}; distinct word pairs "

@@ -59,7 +59,7 @@ def test_what_was_reached_is_said_of_what_has_logs(home):
     untrained, whole, best = compare.reached()
     assert untrained == ["the untrained model", "0.00", "", "1.50", "0", "1"]
     assert whole[3:] == ["1.50", "", "5.0"]  # none is whole: all are kept, and 1 / the share stays finite
-    assert best == ["its best of 4", "0.00", "+0.00 (+0.00 to +0.00)", "3.00", "at most 0.6", "4"]
+    assert best == ["its best of 4", "0.00", "+0.00 (+0.00 to +0.00)", "3.00", "at most 0.64", "4"]
     write("headline", "frozen", 0), write("headline", "frozen", 1, kl=6.0)
     ppo = compare.reached()[3]
     assert ppo == ["**PPO**, the frozen recipe, 2 seeds", "2.00", "+2.00 (-4.35 to +8.35)", "2.00", "5.0 (4.0 to 6.0)", "1"]

@@ -201,14 +201,14 @@ def test_the_last_screen_shows_gain_and_interval_in_one_unit_with_best_of_n_besi
     before, after = samples([0.0, 1.0, 2.0, 3.0] * 2, each=4), samples([2.0, 3.0, 4.0, 5.0], each=2)
     report(summarize(before, after, [], 60.0) | dict(steps=1), [], Path("run"))
     out = capsys.readouterr().out
-    assert "reward  +1.50 -> +3.50   gain +2.00 (+1.00 to +3.00)   best of 4 without training +3.00" in out
+    assert "reward  +1.50 -> +3.50   gain +2.00 (+1.00 to +3.00)   (best of 4, untrained: 3.00)" in out
     assert "whole answers 0% -> 0%" in out
 
 
 def test_the_screen_of_an_older_summary_has_question_marks(capsys):
     summary = summarize(samples([0.0, 1.0]), samples([1.0, 2.0]), [], 60.0) | dict(steps=1)
     report({name: value for name, value in summary.items() if "best" not in name and "whole" not in name}, [], Path("run"))
-    assert "best of ? without training ?" in capsys.readouterr().out
+    assert "(best of ?, untrained: ?)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("value, line", [(0.0, "0 nats (largest token 0)"), (2.5e-7, "2.5e-07 nats (largest token 2.5e-07)")])

@@ -142,7 +142,7 @@ def reached():
                 f"{drawn_until_whole(before, before.rewards).mean():.2f}", "", f"{draws_until_whole(before):.1f}")]  # fmt: skip
     for n in [n for n in (4, 8, 16) if n <= rewards.shape[1]]:
         best, score = (chosen_of(rewards, values, n) for values in (gold, rewards))
-        kl = f"at most {math.log(n) - (n - 1) / n:.1f}"
+        kl = f"at most {math.log(n) - (n - 1) / n:.2f}"
         made.append(row(f"its best of {n}", best.mean(), mean_interval(best - gold.mean(1)), f"{score.mean():.2f}", kl, str(n)))
     for name, (experiment, condition) in TRAINED.items():
         if not (logs := logs_of(experiment, condition)):
@@ -155,7 +155,7 @@ def reached():
     return made
 
 
-REACHED = ["answers by", "gold", "gained", "reward", "KL, nats", "draws an answer"]
+REACHED = ["answers by", "gold", "gained", "reward", "KL, nats", "draws per answer"]
 TRAINED = {
     "**PPO**, the frozen recipe": ("headline", None),
     "PPO without a price or a budget": ("prices", "price_0_lr_0.002"),
