@@ -47,7 +47,8 @@ OURS = ("value_learning_rate", "temperature", "max_new_tokens", "missing_eos_pen
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         """One sentence, as for any other bad input; argparse would print all options first."""
-        self.exit(2, f"error: {message}; --help lists the options\n")
+        short = message if len(message) < 300 else f"{message[:150]} ... {message[-100:]}"  # a number of a thousand digits
+        self.exit(2, f"error: {short}; --help lists the options\n")
 
 
 def parser():

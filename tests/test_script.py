@@ -92,6 +92,7 @@ def test_settings_are_parsed_into_their_types():
     [
         (["--step_count", "3"], "unrecognized arguments: --step_count 3"),
         (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
+        (["--steps", "9" * 9999], f"argument --steps: invalid int value: '{'9' * 112} ... {'9' * 99}'"),
         (["--adap_kl_ctrl", "yes"], "argument --adap_kl_ctrl/--adap-kl-ctrl: 'yes'; expected true or false"),
     ],
 )

@@ -564,10 +564,9 @@ def settings(count, rng, folder, tally):
             given += [] if "--fresh" in options and "taken" in wrong else options
         status, out, err = command([*given, *wrong[-2:]] if wrong[0].startswith("--") and len(wrong) == 2 else given)
         last = err.splitlines()[-1] if err else ""
-        if err.startswith("usage: "):  # argparse shows the options first
-            good = last.startswith("python -m rlhf_helpers: error: ")
-        else:
-            good = err.count("\n") == 1 and (sentence(last, "error: ") or "could not be written (Not a directory)" in last)
+        theirs = last.endswith("; --help lists the options")  # argparse's own words do not say what was expected
+        fits = sentence(last, "error: ", expected=not theirs)
+        good = err.count("\n") == 1 and (fits or "could not be written (Not a directory)" in last)
         tally.check(
             status == 2 and good and "Traceback" not in err,
             f"{' '.join(wrong)[:60]}: status {status}, {out[-300:]}{err[-1500:]}",

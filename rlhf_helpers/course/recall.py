@@ -32,7 +32,7 @@ LETTERS = ("00", "7 · What the letters mean")
 PAD, TRAINS, ONE_MODEL = ("01", "1 · The tokenizer"), ("01", "5 · What can learn"), ("01", "6 · Policy, reference, value")
 PAIRS, FED, GOLD = ("02", "2 · From comparisons"), ("02", "7 · Three ways"), ("02", "9 · Proxy and gold")
 SPLIT, PADDING, IDS = ("03", "2 · Train and held-out"), ("03", "5 · Padding left"), ("03", "6 · Ids stay ids")
-FIRST_KL, KL, REWARDS = ("04", "1 · Before training"), ("04", "5 · KL"), ("04", "6 · Rewards")
+FIRST_KL, KL, REWARDS = ("04", "1 · The KL before training"), ("04", "5 · KL"), ("04", "6 · Rewards")
 ADVANTAGES, FIRST_PASS, SECOND_PASS = ("04", "7 · Advantages"), ("04", "9 · The losses"), ("04", "12 · Second pass")
 CURVES, AFTER, SEEN = ("05", "4 · Train"), ("05", "5 · After"), ("07", "3 · What you could have seen")
 
