@@ -270,7 +270,7 @@ def last_screen(summary, samples, job, saved):
 def train(job, reward, saved, processes):
     """Everything after the preparations: PPO, from the beginning or from where it was, and what it brought."""
     from rlhf_helpers.evaluation import evaluate
-    from rlhf_helpers.keeper import Keeper
+    from rlhf_helpers.keeper import Keeper, at_once
     from rlhf_helpers.models import load_policy
     from rlhf_helpers.quirks import leave_processes
     from rlhf_helpers.shard import bytes_held
@@ -303,7 +303,7 @@ def train(job, reward, saved, processes):
     with finishing() as asked:
         keeper.save()
     asked.check()
-    after = evaluate(trainer, job.heldout, reward)
+    after = evaluate(trainer, job.heldout, reward, batch_size=at_once(trainer))
     leave_processes(trainer)
     if processes.is_main_process:
         write_results(job, trainer, before, after, keeper.seconds(), processes.num_processes)
