@@ -1,5 +1,6 @@
 """Sooner and in less memory, not otherwise. Nothing here teaches PPO: a reader may take `Reader` for `sampling.Plain` and
-`token_logprobs` for `ppo.logprobs_from_logits` and `ppo.entropy_from_logits`, which they equal bit for bit (tests/test_fast.py).
+`token_logprobs` for `ppo.logprobs_from_logits` and `ppo.entropy_from_logits`, which they equal bit for bit (tests/test_fast.py);
+and what `keep_less` does to a model for nothing.
 
 `Reader` samples from a 4-bit Llama on a CPU with its weights unpacked once. Every operation is the model's own, in its dtypes
 and its order; the adapters are read where they are, beside the weights. It saves four things:
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from transformers import LlamaForCausalLM
 from transformers.cache_utils import Cache, StaticLayer
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from rlhf_helpers.models import at_the_last
 from rlhf_helpers.ppo import LOWEST
@@ -262,6 +264,33 @@ class Graphed:
 
     def forward(self, tokens, bias, positions, last):
         return at_the_last(self.lm, tokens, bias, positions, self.cache, last)[:2]
+
+
+class Gated(torch.autograd.Function):
+    """silu(gate) * up. For backward it keeps the two and takes the silu again: two blocks of numbers a layer, and not three."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(gradient * up, gate), gradient * F.silu(gate)  # autograd's own, to the bit
+
+
+class GatedMLP(LlamaMLP):
+    def forward(self, x):
+        return self.down_proj(Gated.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+def keep_less(lm):
+    """Has a Llama on a CPU keep fewer activations for backward: its MLPs become `GatedMLP`, where they are. Nothing else
+    changes. (On a card layers are checkpointed, and one at a time keeps anything.)"""
+    for module in lm.modules() if lm.device.type == "cpu" else ():
+        if type(module) is LlamaMLP and module.config.hidden_act == "silu":
+            module.__class__ = GatedMLP
 
 
 class TokenLogprobs(torch.autograd.Function):

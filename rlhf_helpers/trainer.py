@@ -34,6 +34,7 @@ class PPOTrainer(Loop):
         self.accelerator = parts.processes(config)
         self.device = self.accelerator.device
         self.ref_model = parts.reference_of(model, ref_model, self.device)
+        fast.keep_less(model.pretrained_model)
         self.policy, self.optimizer = self.accelerator.prepare(model, parts.adam(model, config))
         self.model = self.accelerator.unwrap_model(self.policy)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]

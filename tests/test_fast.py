@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from rlhf_helpers import fast, ppo, quirks
 from rlhf_helpers.config import CPU, project_root
@@ -369,6 +370,32 @@ def test_nothing_of_the_size_of_the_logits_is_kept_in_fp32():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         fast.token_logprobs(logits, torch.zeros(2, 40, dtype=torch.long), torch.ones(2, 40, dtype=torch.bool))
     assert sum(t.nbytes for t in kept if t.data_ptr() != logits.data_ptr()) < 10 * 2 * 40
+
+
+def learnt(lm):
+    """Logits and gradients of a pass over some tokens, and the bytes that autograd kept of it."""
+    kept = {}
+    pack = lambda t: kept.setdefault(t.data_ptr(), t)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        logits = lm(torch.randint(16, tiny.V, (3, 12), generator=generator())).logits
+    logits.float().logsumexp(-1).sum().backward()
+    return logits, [p.grad for p in lm.parameters() if p.requires_grad], sum(t.nbytes for t in kept.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_trainer_has_its_mlps_keep_less_and_gives_the_same_gradients(dtype):
+    plain = tiny.with_lora(tiny.llama().to(dtype), ("q_proj", "gate_proj", "up_proj", "down_proj"), b_scale=0.2)
+    lean = tiny.trainer(copy.deepcopy(plain)).model.pretrained_model
+    (logits, gradients, bytes_kept), (ours, our_gradients, fewer) = learnt(plain), learnt(lean)
+    assert torch.equal(logits, ours) and len(gradients) == 2 * 2 * 4
+    assert all(torch.equal(a, b) and a.any() for a, b in zip(gradients, our_gradients))
+    layers, tokens, width = 2, 3 * 12, 64
+    assert bytes_kept - fewer == layers * tokens * width * dtype.itemsize
+
+
+def test_an_mlp_of_another_kind_stays_as_it_is():
+    lm = tiny.trainer(tiny.with_lora(tiny.llama(hidden_act="gelu"))).model.pretrained_model
+    assert {type(layer.mlp) for layer in lm.get_base_model().model.layers} == {LlamaMLP}
 
 
 @onednn

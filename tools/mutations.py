@@ -73,6 +73,7 @@ FAULTS = [
           "trainer"),
     # the fast sampler: the plain one's bits, sooner
     Fault("sampling without the adapters", "fast.py", "    if adapters:\n        downs", "    if False:\n        downs", "fast"),
+    Fault("a gate without its up on the way back", "fast.py", "silu_backward(gradient * up, gate)", "silu_backward(gradient, gate)", "fast"),
     Fault("LoRA's scaling forgotten", "fast.py", "(F.linear(narrow, up) * scaling)", "F.linear(narrow, up)", "fast"),
     Fault("LoRA in bf16", "fast.py", "for down in downs], -1)", "for down in downs], -1).bfloat16().float()", "fast"),
     Fault("left padding is looked at", "fast.py", "F.pad(attention.bool(),", "F.pad(torch.ones_like(attention).bool(),", "fast"),
