@@ -72,6 +72,11 @@ def test_what_is_paid_and_what_is_wanted_are_two_panels_with_a_line_a_run():
     assert [text.get_text() for text in paid.texts] == [" seed 3"]  # of the longest run
 
 
+def test_names_of_lines_that_end_close_together_are_moved_apart():
+    assert run_figures.apart([5.0, 1.0, 5.1, 5.2], 0.5) == pytest.approx([5.0, 1.0, 5.5, 6.0])
+    assert run_figures.apart([], 0.5).size == 0
+
+
 def test_runs_of_a_group_are_thin_lines_and_their_mean_a_thick_one():
     runs = [[{"proxy": 1.0}, {"proxy": 3.0}], [{"proxy": 3.0}, {"proxy": 5.0}, {"proxy": 9.0}]]
     figure = run_figures.over_steps({"two runs": runs, "one run": runs[:1]}, {"proxy": "proxy"}, width=1)

@@ -79,12 +79,21 @@ def ends_by_itself(groups):
     return over_steps(runs, {"ended": "share that ends by itself"})
 
 
+def apart(heights, least):
+    """`heights`, each raised as little as keeps it `least` above the next lower one."""
+    raised, order = np.array(heights, float), np.argsort(heights)
+    for lower, higher in zip(order, order[1:]):
+        raised[higher] = max(raised[higher], raised[lower] + least)
+    return raised
+
+
 def paid_and_wanted(groups, width=4):
     """Two panels, what is paid (the score) and what is wanted (the gold), over the steps, means of `width`: {name: logs}, a line a run.
     The longest runs have their seed at the end of their score."""
     longest = max(len(log.steps) for logs in groups.values() for log in logs)
     figure, axes = new_figure(1, 2, size=(8, 2.9))
     for axis, key, title in zip(axes[0], ("score", "gold"), ("score: what is paid", "gold: what is wanted")):
+        ends = []
         for place, (name, logs) in enumerate(groups.items()):
             colour, style = ((BLUE, "--"), (RED, "-"), (ORANGE, ":"))[place % 3]
             for number, log in enumerate(logs):
@@ -92,11 +101,9 @@ def paid_and_wanted(groups, width=4):
                 label = None if number else name.replace("_", " ")
                 axis.plot(range(1, len(line) + 1), line, style, color=colour, linewidth=1.4, label=label)
                 if key == "score" and len(line) == longest:
-                    over_lines(
-                        axis.annotate(
-                            f" seed {log.head['seed']}", (longest, line[-1]), color=colour, fontsize=SMALL, va="center"
-                        )
-                    )
+                    ends.append((line[-1], f" seed {log.head['seed']}", colour))
+        for y, (_, seed, colour) in zip(apart([end[0] for end in ends], 0.06 * np.ptp(axis.get_ylim())), ends):
+            over_lines(axis.annotate(seed, (longest, y), color=colour, fontsize=SMALL, va="center"))
         axis.axhline(0, color="black", linewidth=0.5)
         axis.set(title=title, xlabel=f"step; means of {width}")
     axes[0, 0].legend(frameon=False, fontsize=SMALL)
