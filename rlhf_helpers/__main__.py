@@ -276,6 +276,8 @@ def train(job, reward, saved, processes):
     from rlhf_helpers.shard import bytes_held
     from rlhf_helpers.trainer import PPOTrainer
 
+    if job.profile.name == "gpu" and processes.device.type == "cpu":
+        processes.print("no CUDA card here: the profile gpu runs on the CPU, slowly; expected --profile cpu on this machine")
     processes.print(f"loading {job.profile.model}", flush=True)
     policy, tokenizer = load_policy(job.profile, seed=job.config.seed, sharded=job.shard)
     trainer = PPOTrainer(config=job.config, model=policy, ref_model=None, tokenizer=tokenizer)

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
+from rlhf_helpers.classic import PROMPTS
 from rlhf_helpers.config import PPOConfig, project_root
 from rlhf_helpers.data import checked_list
 from rlhf_helpers.errors import InputError
@@ -37,7 +38,9 @@ def check_parts(config, model, ref_model, tokenizer, advantages=None):
     if tokenizer is not None and not hasattr(tokenizer, "pad_token_id"):
         raise InputError(f"tokenizer is {shown(tokenizer)}; expected a tokenizer (models.load_tokenizer gives one)")
     if advantages is not None and not callable(advantages):
-        raise InputError(f"advantages is {shown(advantages)}; expected a function, such as advantages.leave_one_out")
+        of_trl = not isinstance(advantages, str) and hasattr(advantages, "__len__")  # the fifth of its arguments in a row
+        instead = f" (TRL's dataset is not taken: {PROMPTS})" if of_trl else ""
+        raise InputError(f"advantages is {shown(advantages)}; expected a function, such as advantages.leave_one_out{instead}")
     if tokenizer is None or tokenizer.pad_token_id is None:
         raise InputError("tokenizer: expected one with a pad token (models.load_tokenizer gives one)")
     vocabulary = model.config.get_text_config().vocab_size

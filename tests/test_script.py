@@ -484,6 +484,13 @@ def test_a_run_goes_on_only_with_its_own_settings(other, home, start, reward_fol
     assert err.endswith("; expected --fresh to begin anew, or another --output\n") and files(home) == before
 
 
+def test_the_profile_for_a_card_says_where_there_is_none(start, capsys):
+    assert exit_status(start("--profile", "gpu", "--gradient_accumulation_steps", 2, steps=1)) == 0
+    sentence = "no CUDA card here: the profile gpu runs on the CPU"
+    assert sentence in capsys.readouterr().out
+    assert exit_status(start(output="other", steps=1)) == 0 and sentence not in capsys.readouterr().out
+
+
 def test_two_runs_in_one_folder_are_one_too_many(home, start, capsys, at_step):
     at_step(1, lambda: statuses.append(subprocess.run(command, cwd=home, env=ENV, capture_output=True, text=True)))
     statuses, command = [], [sys.executable, "-m", "rlhf_helpers", *start()]
