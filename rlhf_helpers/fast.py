@@ -1,6 +1,6 @@
 """Sooner and in less memory, not otherwise. Nothing here teaches PPO: a reader may take `Reader` for `sampling.Plain` and
 `token_logprobs` for `ppo.logprobs_from_logits` and `ppo.entropy_from_logits`, which they equal bit for bit (tests/test_fast.py);
-and what `keep_less` does to a model for nothing.
+`keeping_less` may be left out.
 
 `Reader` samples from a 4-bit Llama on a CPU with its weights unpacked once. Every operation is the model's own, in its dtypes
 and its order; the adapters are read where they are, beside the weights. It saves four things:
@@ -12,10 +12,13 @@ and its order; the adapters are read where they are, beside the weights. It save
 
 What would cost bits is left out: int8 weights, attention or norms in another precision, adapters merged into the weights."""
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from transformers import LlamaForCausalLM
+from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, StaticLayer
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -285,12 +288,26 @@ class GatedMLP(LlamaMLP):
         return self.down_proj(Gated.apply(self.gate_proj(x), self.up_proj(x)))
 
 
-def keep_less(lm):
-    """Has a Llama on a CPU keep fewer activations for backward: its MLPs become `GatedMLP`, where they are. Nothing else
-    changes. (On a card layers are checkpointed, and one at a time keeps anything.)"""
-    for module in lm.modules() if lm.device.type == "cpu" else ():
-        if type(module) is LlamaMLP and module.config.hidden_act == "silu":
+def is_plain_mlp(module):
+    """Whether this is a Llama's MLP as transformers makes it, and nobody listens to its activation."""
+    if type(module) is not LlamaMLP or type(module.act_fn) is not type(ACT2FN["silu"]):
+        return False
+    silu = module.act_fn
+    return not (silu._forward_hooks or silu._forward_pre_hooks or silu._backward_hooks or silu._backward_pre_hooks)
+
+
+@contextlib.contextmanager
+def keeping_less(lm):
+    """Inside, a Llama on a CPU keeps fewer activations for backward: its MLPs are `GatedMLP`s. (A card is left alone: with the
+    gpu profile layers are checkpointed, and one at a time may keep anything.)"""
+    plain = [module for module in lm.modules() if lm.device.type == "cpu" and is_plain_mlp(module)]
+    try:
+        for module in plain:
             module.__class__ = GatedMLP
+        yield
+    finally:
+        for module in plain:
+            module.__class__ = LlamaMLP
 
 
 class TokenLogprobs(torch.autograd.Function):

@@ -39,7 +39,7 @@ def check_parts(config, model, ref_model, tokenizer, advantages=None):
         raise InputError(f"tokenizer is {shown(tokenizer)}; expected a tokenizer (models.load_tokenizer gives one)")
     if advantages is not None and not callable(advantages):
         of_trl = not isinstance(advantages, str) and hasattr(advantages, "__len__")  # the fifth of its arguments in a row
-        instead = f" (TRL's dataset is not taken: {PROMPTS})" if of_trl else ""
+        instead = f" (if this is TRL's dataset: {PROMPTS})" if of_trl else ""
         raise InputError(f"advantages is {shown(advantages)}; expected a function, such as advantages.leave_one_out{instead}")
     if tokenizer is None or tokenizer.pad_token_id is None:
         raise InputError("tokenizer: expected one with a pad token (models.load_tokenizer gives one)")

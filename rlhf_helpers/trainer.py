@@ -34,7 +34,6 @@ class PPOTrainer(Loop):
         self.accelerator = parts.processes(config)
         self.device = self.accelerator.device
         self.ref_model = parts.reference_of(model, ref_model, self.device)
-        fast.keep_less(model.pretrained_model)
         self.policy, self.optimizer = self.accelerator.prepare(model, parts.adam(model, config))
         self.model = self.accelerator.unwrap_model(self.policy)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -177,7 +176,7 @@ class PPOTrainer(Loop):
         updates, usable = [], True
         self.optimizer.zero_grad()  # an update before this one may have been interrupted
         tokens_per_process = self.total(rollout.mask[group].sum()) / self.accelerator.num_processes  # gradients are averaged
-        with self.model.without_dropout(checkpointing=True):
+        with self.model.without_dropout(checkpointing=True), fast.keeping_less(self.model.pretrained_model):
             for rows in group.split(self.config.mini_batch_size):
                 loss, stats = self._minibatch(rollout, rows)
                 usable &= math.isfinite(stats["loss/total"]) and stats["policy/ratio_mean"] <= self.config.ratio_threshold

@@ -383,19 +383,59 @@ def learnt(lm):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_trainer_has_its_mlps_keep_less_and_gives_the_same_gradients(dtype):
-    plain = tiny.with_lora(tiny.llama().to(dtype), ("q_proj", "gate_proj", "up_proj", "down_proj"), b_scale=0.2)
-    lean = tiny.trainer(copy.deepcopy(plain)).model.pretrained_model
-    (logits, gradients, bytes_kept), (ours, our_gradients, fewer) = learnt(plain), learnt(lean)
+def test_mlps_that_keep_less_give_the_same_gradients(dtype):
+    lm = tiny.with_lora(tiny.llama().to(dtype), ("q_proj", "gate_proj", "up_proj", "down_proj"), b_scale=0.2)
+    logits, gradients, bytes_kept = learnt(lm)
+    gradients = [gradient.clone() for gradient in gradients]
+    lm.zero_grad()
+    with fast.keeping_less(lm):
+        ours, our_gradients, fewer = learnt(lm)
     assert torch.equal(logits, ours) and len(gradients) == 2 * 2 * 4
     assert all(torch.equal(a, b) and a.any() for a, b in zip(gradients, our_gradients))
     layers, tokens, width = 2, 3 * 12, 64
     assert bytes_kept - fewer == layers * tokens * width * dtype.itemsize
+    assert learnt(lm)[2] == bytes_kept  # outside, all is as it was
 
 
-def test_an_mlp_of_another_kind_stays_as_it_is():
-    lm = tiny.trainer(tiny.with_lora(tiny.llama(hidden_act="gelu"))).model.pretrained_model
-    assert {type(layer.mlp) for layer in lm.get_base_model().model.layers} == {LlamaMLP}
+def mlps(lm):
+    return {type(layer.mlp) for layer in getattr(lm, "get_base_model", lambda: lm)().model.layers}
+
+
+def test_updates_keep_less_and_give_the_same_weights(nf4, monkeypatch):
+    trained, kinds = [], []
+    for less in (True, False):
+        with monkeypatch.context() as now:
+            seen = fast.keeping_less if less else lambda lm: contextlib.nullcontext()
+            now.setattr(fast, "keeping_less", seen)
+            trainer = bf16_trainer(nf4(b_scale=0.2), mini=2, ppo_epochs=3, learning_rate=1e-2)
+            minibatch, lm = trainer._minibatch, trainer.model.pretrained_model
+            trainer._minibatch = lambda *args: kinds.append(mlps(lm)) or minibatch(*args)
+            for _ in range(2):
+                stepped(trainer, prompts(4))
+        trained.append([p.detach().clone() for p in trainer.parameters])
+        assert mlps(lm) == {LlamaMLP}
+    assert all(torch.equal(a, b) for a, b in zip(*trained))
+    half = len(kinds) // 2
+    assert kinds == [{fast.GatedMLP}] * half + [{LlamaMLP}] * half and half == 2 * 3 * 2
+
+
+def quieter(lm):
+    """Another activation in the place of silu."""
+    for layer in lm.model.layers:
+        layer.mlp.act_fn = torch.nn.Tanh()
+
+
+def listened(lm):
+    for layer in lm.model.layers:
+        layer.mlp.act_fn.register_forward_hook(lambda *_: None)
+
+
+@pytest.mark.parametrize("change", [quieter, listened, lambda lm: lm.to("meta")], ids=["other", "listened to", "not on a CPU"])
+def test_an_mlp_that_is_not_the_plain_one_on_a_cpu_stays_as_it_is(change):
+    lm = tiny.llama()
+    change(lm)
+    with fast.keeping_less(lm):
+        assert mlps(lm) == {LlamaMLP}
 
 
 @onednn

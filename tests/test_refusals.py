@@ -66,7 +66,7 @@ PARTS = {
     ),
     "TRL's dataset in the fifth place": (
         lambda folder: PPOTrainer(PPOConfig(), models.PolicyWithValueHead(llama()), None, tiny.tokenizer(), [{"query": "t5"}]),
-        r"expected a function, such as advantages.leave_one_out \(TRL's dataset is not taken: train\(prompts, reward_fn\)",
+        r"expected a function, such as advantages.leave_one_out \(if this is TRL's dataset: train\(prompts, reward_fn\)",
     ),
     "a price that would turn negative": (lambda folder: PPOConfig(horizon=10.0), "expected above 0.2 x batch_size = 25.6"),
 }

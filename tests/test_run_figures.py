@@ -70,6 +70,7 @@ def test_what_is_paid_and_what_is_wanted_are_two_panels_with_a_line_a_run():
     assert colours == [run_figures.BLUE, run_figures.RED, run_figures.RED]
     assert [text.get_text() for text in paid.get_legend().get_texts()] == ["frozen", "no price"]
     assert [text.get_text() for text in paid.texts] == [" seed 3"]  # of the longest run
+    assert not paid.texts[0].get_annotation_clip()  # else a name above the panel would not be drawn
 
 
 def test_names_of_lines_that_end_close_together_are_moved_apart():

@@ -103,7 +103,7 @@ def paid_and_wanted(groups, width=4):
                 if key == "score" and len(line) == longest:
                     ends.append((line[-1], f" seed {log.head['seed']}", colour))
         for y, (_, seed, colour) in zip(apart([end[0] for end in ends], 0.06 * np.ptp(axis.get_ylim())), ends):
-            over_lines(axis.annotate(seed, (longest, y), color=colour, fontsize=SMALL, va="center"))
+            over_lines(axis.annotate(seed, (longest, y), color=colour, fontsize=SMALL, va="center", annotation_clip=False))
         axis.axhline(0, color="black", linewidth=0.5)
         axis.set(title=title, xlabel=f"step; means of {width}")
     axes[0, 0].legend(frameon=False, fontsize=SMALL)
