@@ -288,10 +288,10 @@ def counted(load, alive, most):
     """`from_pretrained`, which notes how many of the models that it has made are in memory at once."""
 
     def from_pretrained(*args, **kwargs):
-        model = load(*args, **kwargs)
-        alive.add(model)
+        made = load(*args, **kwargs)
+        alive.add(made[0] if isinstance(made, tuple) else made)  # with output_loading_info two come back
         most.append(max(most[-1], len(alive)))
-        return model
+        return made
 
     return from_pretrained
 
