@@ -147,7 +147,7 @@ def memory():
     import psutil
 
     free = psutil.virtual_memory().available / 2**30
-    return free > 3.5, f"memory: {free:.1f} GB free (the course takes about 3)"
+    return free > 3.5, f"memory: {free:.1f} GB free (the course takes about 3, notebook 06 5.3)"
 
 
 def disk():

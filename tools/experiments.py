@@ -222,28 +222,39 @@ def at_what_cost(experiment):
 
 def the_control():
     """How much hangs on single runs of the frozen recipe, and whether equal seeds make runs alike."""
-    clear = lambda *groups: not (interval := two_level_interval(*groups)[1])[0] <= 0 <= interval[1]
-    of = lambda logs: stacked(logs, lambda log: gain(log, "gold"))
-    seeds, headline, rows, apart = (0, 1, 2), logs_of("headline"), [], []
+    seeds, headline, apart = (0, 1, 2), logs_of("headline"), []
     several = [(name, logs) for experiment in COMPARED for name, logs in by_condition(experiment).items() if len(logs) > 2]
     if len(headline) < 3 or not several:
         return NONE_YET
-    frozen = of(headline)
-    for name, logs in several:
-        gold, means = of(logs), {log.head["seed"]: gain(log, "gold").mean() for log in logs}
+    for _, logs in several:
+        means = {log.head["seed"]: gain(log, "gold").mean() for log in logs}
         if set(seeds) <= set(means):
             apart.append(np.array([means[seed] for seed in seeds]) - np.mean([means[seed] for seed in seeds]))
-        full = clear(gold, frozen)
-        turns = [log.head["seed"] for place, log in enumerate(headline) if clear(gold, np.delete(frozen, place, 0)) != full]
-        if turns:
-            rows.append([name, verdict(gold, frozen), ", ".join(map(str, turns))])
     of_seeds = ", ".join(f"{mean:+.2f}" for mean in np.mean(apart, axis=0))
     scatter = np.sqrt(np.sum(np.square(apart)) / (2 * len(apart)))  # two degrees of freedom a condition
-    line = (
+    parts = [
         f"Gold of seeds 0, 1 and 2 less the mean of these three, on average over {len(apart)} conditions: {of_seeds}; a single run "
-        f"scatters by {scatter:.2f}.\n\nVerdicts in gold that turn when one run of the frozen recipe is left out:"
-    )
-    return f"{line}\n\n{table(['condition', 'gold against the frozen recipe', 'turns without seed'], rows)}"
+        f"scatters by {scatter:.2f}.\n\nVerdicts that turn when one run of the frozen recipe is left out:"
+    ]
+    price = headline[0].head["config"]["init_kl_coef"]
+    measures = {"gold": lambda log: gain(log, "gold"), f"reward less {price:g} a nat": lambda log: net(log, price)}
+    for measure, of in measures.items():
+        head = ["condition", f"{measure}, against the frozen recipe", "turns without seed"]
+        parts.append(table(head, turning(several, headline, of)))
+    return "\n\n".join(parts)
+
+
+def turning(several, headline, of):
+    """[[condition, verdict, seeds of the headline]]: where the verdict is another as soon as one of these runs is left out."""
+    clear = lambda *groups: not (interval := two_level_interval(*groups)[1])[0] <= 0 <= interval[1]
+    frozen, rows = stacked(headline, of), []
+    for name, logs in several:
+        values = stacked(logs, of)
+        full = clear(values, frozen)
+        turns = [log.head["seed"] for place, log in enumerate(headline) if clear(values, np.delete(frozen, place, 0)) != full]
+        if turns:
+            rows.append([name, verdict(values, frozen), ", ".join(map(str, turns))])
+    return rows
 
 
 def reward_models():
@@ -347,7 +358,7 @@ def draw(folder):
 
 def still_to_make():
     """How much has been made, and what is listed and has no log."""
-    made = [log for name in EXPERIMENTS for log in logs_of(name)]
+    made = [log for name in EXPERIMENTS if name != "base" for log in logs_of(name)]  # that one is the untrained model's
     hours = sum(log.head.get("seconds", 0) for log in made) / 3600
     said = f"{len(made)} runs have logs; their training took {hours:.0f} hours, without evaluations and what was thrown away."
     rows = []

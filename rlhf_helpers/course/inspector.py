@@ -206,7 +206,7 @@ font:15px/1.6 system-ui,sans-serif;border:1px solid var(--line);border-radius:8p
 <div class="bar" role="group" aria-label="what is shown"></div>
 <div class="prompt"></div>
 <div class="text" tabindex="0" aria-label="the response; arrow keys go from token to token">PLAIN</div>
-<div class="what hint">Point at a token, or click into the text and use the arrow keys (up and down: another response). At first: the largest number.</div>
+<div class="what hint">Point at a token, or click into the text and use the arrow keys (up and down: another response). It opens on the largest number.</div>
 <div class="foot" aria-live="polite"></div>
 <script type="application/json">DATA</script>
 <script>
