@@ -160,9 +160,12 @@ def load_checkpoint(trainer, folder, strict=True):
     """Bring the trainer to the state in `folder`. Raises InputError, changing nothing, if `folder` is not a whole checkpoint of
     this model and this number of processes, or was written under other settings than the trainer's (FREE ones aside).
 
-    With `strict=False` the trainer's settings may differ, and hold from here on. So do its init_kl_coef and its learning rates: the
+    With `strict=False` the trainer's settings may differ, and hold from here on (of the seed only the order of prompts: the random
+    numbers go on from the checkpoint). So do its init_kl_coef and its learning rates: the
     KL coefficient and Adam's rates are the checkpoint's only where both began with the same."""
     folder, about = _read(folder)
+    if trainer.model.adapters_merged():  # taken out again, the new ones would be subtracted where the old ones were added
+        raise InputError(f"{folder}: the model's adapters are merged into its weights; expected them apart (unmerge_adapter)")
     processes = about["num_processes"]
     _check_settings(folder, about, trainer.config, trainer.accelerator.num_processes, strict)
     _check_adapters(folder, trainer.model.pretrained_model)

@@ -50,6 +50,14 @@ GENERATE = {
     "length_sampler": "max_new_tokens is the length",
     "generate_ref_response": "another call with reference=True samples from the reference",
 }
+MODEL_NAMES = {  # of its models with a value head
+    "save_pretrained": "PPOTrainer.save keeps the adapters, as PEFT loads them, and the value head",
+    "push_to_hub": "it is pretrained_model's: policy.pretrained_model.push_to_hub",
+    "generate": "PPOTrainer.generate samples (transformers' own is policy.pretrained_model.generate)",
+    "gradient_checkpointing_enable": "it is enable_gradient_checkpointing",
+    "gradient_checkpointing_disable": "it is pretrained_model's",
+    "is_peft_model": "it is has_adapters",
+}
 MODEL = "the model is given to PPOTrainer"
 TRACKING = "PPOConfig.log_with names an Accelerate tracker; its project is rlhf-ppo"
 PROCESSES = "accelerate launch says how many processes there are"

@@ -47,8 +47,8 @@ def load_prompts(source):
 
 
 def load_preferences(source):
-    """The preference pairs of a source: a list of dicts with the strings "prompt", "chosen" and "rejected". Pairs cut out of
-    conversations are left out, with a warning, where they teach nothing: an empty answer, two equal ones, no prompt."""
+    """The preference pairs of a source: a list of dicts with the strings "prompt", "chosen" and "rejected". Pairs that teach
+    nothing are left out, with a warning: two equal answers; and, of those cut out of conversations, an empty one, or no prompt."""
     pairs, left_out, total = [], [], 0
     for total, (where, record) in enumerate(_records(source, PAIR), start=1):
         found = _pairs(where, record)
@@ -65,7 +65,7 @@ def load_preferences(source):
 def turns(prompt):
     """A prompt as a chat template takes it, a list of {"role", "content"}: a transcript is taken apart, anything else is one
     turn of the user's. Empty turns are dropped, and neighbours of one role joined: many templates want roles to alternate."""
-    chat = []
+    chat, prompt = [], prompt.replace("\r\n", "\n")
     if _is_transcript(prompt):
         parts = MARK.split("\n\n" + prompt.lstrip())[1:]
         for mark, content in zip(parts[::2], map(str.strip, parts[1::2])):
@@ -151,14 +151,14 @@ def _need(where, record, names, required):
 
 
 def _string(where, name, value, expected="a string", empty=False):
-    """`value`, which must be text, and some unless it may be `empty`."""
+    """`value`, which must be text, and some unless it may be `empty`; line ends of Windows become those of Unix."""
     if not isinstance(value, str):
         raise InputError(f"{where}: field {name!r} is {shown(value)}; expected {expected}")
     if not is_whole_unicode(value):
         raise InputError(f"{where}: field {name!r} has half of a surrogate pair; expected text")
     if not empty and not value.strip():
         raise InputError(f"{where}: field {name!r} is empty; expected some text")
-    return value
+    return value.replace("\r\n", "\n")
 
 
 # ---------------------------------------------------------------- one record
@@ -173,7 +173,8 @@ def _pairs(where, record):
     if isinstance(chosen, str) and "prompt" in record:
         for name in PAIR[1:]:
             _string(where, name, record[name])
-        return [{**record, "prompt": _prompt(where, record["prompt"])}]
+        prompt = _prompt(where, record["prompt"])
+        return [{**record, "prompt": prompt}] if chosen != rejected else []
     shared, chosen, rejected = (_split_text if isinstance(chosen, str) else _split_turns)(chosen, rejected)
     prompt = _prompt_before(where, record["prompt"], shared) if "prompt" in record else shared
     if prompt is None:

@@ -162,7 +162,7 @@ def value_useless(run):
     """The share over ten steps together: that of one step is mostly noise, and the worst step would rule a mean of shares."""
     error, var, means = (run.series(key)[-10:] for key in ("ppo/val/error", "ppo/returns/var", "ppo/returns/mean"))
     spread = mean(var or [0.0]) + pvariance(means or [0.0])
-    if len(run) >= 20 and spread > 0 and (explained := 1 - mean(error) / spread) < -0.1:  # h
+    if len(run) >= 20 and error and spread > 0 and (explained := 1 - mean(error) / spread) < -0.1:  # h
         return f"the value head explains {explained:.2f} of the variance of the returns over the last 10 of {len(run)} steps"
 
 

@@ -43,8 +43,9 @@ def can_unpack(lm):
         return False
     layers = [base_of(linear(layer, name)) for layer in base.model.layers for names in STACKS for name in names]
     known = lambda layer: is_4bit_layer(layer) and layer.compute_dtype == torch.bfloat16
-    plain = all(known(layer) and layer.bias is None for layer in layers) and base.lm_head.bias is None
+    plain = all(known(layer) and layer.bias is None for layer in layers) and getattr(base.lm_head, "bias", None) is None
     ends = base.get_input_embeddings(), base.lm_head
+    plain &= [type(end) for end in ends] == [torch.nn.Embedding, torch.nn.Linear]  # PEFT wraps them to train single tokens
     silu = base.config.hidden_act == "silu" and all(layer.weight.dtype == torch.bfloat16 for layer in ends)
     if not (plain and silu and has_onednn()):
         return False
@@ -129,7 +130,7 @@ def adapters_of(modules):
             ups.append(module.lora_B[name].weight)
             scalings += [module.scaling[name]] * len(ups[-1])
         else:
-            ups.append(torch.zeros(module.out_features, 0))
+            ups.append(torch.zeros(module.out_features, 0, dtype=torch.float32))
             scalings += [1.0] * len(ups[-1])
     return (downs, torch.block_diag(*ups), torch.tensor(scalings)) if downs else None
 

@@ -9,6 +9,7 @@ import os
 import re
 import reprlib
 import shutil
+import warnings
 from pathlib import Path
 
 from rlhf_helpers.errors import InputError, MissingInput
@@ -30,7 +31,7 @@ def whole_folder(folder, sign):
 
     The old folder is `aside(folder)` between two renames, where `find_whole` looks; left-overs of killed saves are removed. A
     folder that holds something and no file `sign` is nobody's former save: InputError, and it is not touched; so is one that
-    another process is saving to. An OSError becomes NotWritten, one sentence with its reason."""
+    another process is saving to. Files that the old folder's manifest does not list are somebody else's, and kept (`_keep_others`). An OSError becomes NotWritten, one sentence with its reason."""
     place = Path(os.path.realpath(folder))
     beside, old = place.with_name(f".{place.name}.part"), aside(place)
     try:
@@ -45,6 +46,7 @@ def whole_folder(folder, sign):
                 yield beside
                 flush(beside)
                 if place.exists():
+                    _keep_others(place)
                     _remove(old)
                     place.rename(old)
                 beside.rename(place)
@@ -167,6 +169,19 @@ def _flush_folder(path):
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _keep_others(place):
+    """Move files that a folder's manifest does not list to `<name>.others` beside it, with a warning: the folder is written anew."""
+    try:
+        listed = _manifest(place / MANIFEST)
+    except InputError:  # without one nobody can tell
+        return
+    others = place.with_name(f"{place.name}.others")
+    for name, path in ((name, path) for name, path in _files(place).items() if name not in listed):
+        (others / name).parent.mkdir(parents=True, exist_ok=True)
+        path.replace(others / name)
+        warnings.warn(f"{path}: not of a save, which writes this folder anew; moved to {others / name}", stacklevel=2)
 
 
 def _remove(folder):

@@ -49,7 +49,7 @@ def finishing(*signums):
     asked = Asked()
     alike = (signal.SIGINT, signal.SIGTERM) if signal.getsignal(signal.SIGTERM) is stop else (signal.SIGINT,)
     before = {signum: signal.getsignal(signum) for signum in signums or alike}
-    before = {signum: handler for signum, handler in before.items() if handler is not signal.SIG_IGN}
+    before = {signum: handler for signum, handler in before.items() if handler not in (signal.SIG_IGN, None)}
 
     def note(signum, frame):
         asked.signum = asked.signum or signum
@@ -65,6 +65,7 @@ def handlers(handler, *signums):
     before = {}
     if threading.current_thread() is threading.main_thread():
         before = {signum: signal.getsignal(signum) for signum in signums}
+        before = {signum: handler for signum, handler in before.items() if handler is not None}  # None: not Python's own
     try:
         for signum in before:
             signal.signal(signum, handler)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 from rlhf_helpers.assets import ASSETS, ensure_model
+from rlhf_helpers.classic import MODEL_NAMES, instead
 from rlhf_helpers.data import turns
 from rlhf_helpers.errors import InputError
 from rlhf_helpers.files import reason, shown
@@ -128,7 +129,9 @@ def encode_prompt(tokenizer, prompt, system=None):
     system's turn, for a prompt that has none of its own. A 1-D LongTensor."""
     if tokenizer.chat_template is None:
         text = prompt if system is None else f"{system}\n\n{prompt}"
-        return tokenizer(text, return_tensors="pt")["input_ids"][0]
+        ids = tokenizer(text, return_tensors="pt")["input_ids"][0]
+        closed = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token)
+        return ids[:-1] if closed else ids  # some tokenizers end every text, and this one goes on
     chat = as_chat(tokenizer, prompt, system)
     try:
         text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
@@ -292,6 +295,11 @@ class PolicyWithValueHead(nn.Module):
         size = causal_lm.config.get_text_config().hidden_size
         self.v_head = ValueHead(getattr(head, "in_features", size))  # what is hooked, where a model narrows it (OPT-350m)
         self.v_head.to(head.weight.device)
+
+    def __getattr__(self, name):
+        if name in MODEL_NAMES:
+            raise AttributeError(f"PolicyWithValueHead has no {name}{instead(name, MODEL_NAMES)}")
+        return super().__getattr__(name)
 
     @property
     def config(self):

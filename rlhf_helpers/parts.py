@@ -16,9 +16,9 @@ from rlhf_helpers.errors import InputError
 from rlhf_helpers.files import is_whole_unicode, shown
 from rlhf_helpers.machine import device_and_dtype
 from rlhf_helpers.models import PolicyWithValueHead, encode_prompt, is_4bit
-from rlhf_helpers.quirks import give_back_large_blocks
-from rlhf_helpers.sampling import check_whole, digest
-from rlhf_helpers.shard import refuse_accelerate_fsdp
+from rlhf_helpers.quirks import give_back_large_blocks, keep_gradients
+from rlhf_helpers.sampling import check_whole, digest, learnt_positions
+from rlhf_helpers.shard import refuse_accelerate_engines
 
 
 def check_parts(config, model, ref_model, tokenizer, advantages=None):
@@ -70,7 +70,7 @@ def check_parts(config, model, ref_model, tokenizer, advantages=None):
             "needs is_trainable=True)"
         )
     if ref_model is None:
-        return
+        return check_stays_as_reference(model)
     if bare(ref_model) is model.pretrained_model or learns & {id(p) for p in bare(ref_model).parameters()}:
         raise InputError(
             "ref_model is the policy itself, or shares weights with it that learn (PEFT puts adapters into the model that it is "
@@ -83,6 +83,30 @@ def check_parts(config, model, ref_model, tokenizer, advantages=None):
         raise InputError(
             f"ref_model has {ids} token ids and the policy {vocabulary}; expected as many, since kl_penalty 'full' compares all of them"
         )
+    places, needed = (learnt_positions(bare(some).config.get_text_config()) for some in (ref_model, model))
+    if places < needed:
+        raise InputError(f"ref_model has {places} positions and the policy {needed}; expected at least as many")
+
+
+def check_stays_as_reference(model):
+    """Raises InputError for a policy with adapters that is another model with its adapters off than it was without them, or will be:
+    then it cannot be its own reference."""
+    if not model.has_adapters:
+        return
+    lm, instead = model.pretrained_model, "or a ref_model"
+    begun = str(getattr(lm.active_peft_config, "init_lora_weights", ""))
+    if begun.startswith(("pissa", "olora", "corda", "loftq")):
+        raise InputError(
+            f"init_lora_weights={begun!r} rewrites the weights under the adapters, so with the adapters off it is not the model "
+            f"that it was made of; expected another beginning, {instead}"
+        )
+    own = (getattr(lm.base_model, "prefix", "lora_"), "modules_to_save", "trainable_tokens")
+    for name, parameter in lm.named_parameters():
+        if parameter.requires_grad and not any(part in name for part in own):
+            raise InputError(
+                f"{name} would learn and is no adapter: with the adapters off the reference would move with it; expected it "
+                f"frozen (in LoRA: bias='none'), {instead}"
+            )
 
 
 def check_loop(steps, reward_fn, on_step):
@@ -101,8 +125,8 @@ def bare(model):
 
 def processes(config):
     """Accelerate's view of this process and its fellows. No autocast, whatever `accelerate config` says: it would reach scoring,
-    and not sampling."""
-    refuse_accelerate_fsdp()
+    and not sampling; and no compiling, which would rename the weights of checkpoints."""
+    refuse_accelerate_engines()
     on_cpu = device_and_dtype()[0].type == "cpu"  # said aloud, else Accelerate would not join several processes on a CPU
     if on_cpu:
         give_back_large_blocks()
@@ -111,7 +135,9 @@ def processes(config):
     if config.log_with not in (None, "all", *here):  # Accelerate would pass over one that it knows and that is not installed
         installed = ", ".join(here) or "none is installed (pip install -e .[tracking])"
         raise InputError(f"PPOConfig.log_with is {shown(config.log_with)}; expected a tracker that is installed: {installed}")
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", log_with=config.log_with, project_dir=folder)
+    accelerator = Accelerator(
+        cpu=on_cpu, mixed_precision="no", dynamo_backend="no", log_with=config.log_with, project_dir=folder
+    )
     batch = config.batch_size * accelerator.num_processes
     if config.adap_kl_ctrl and config.horizon <= 0.2 * batch:  # PPOConfig knows one process alone
         raise InputError(
@@ -129,6 +155,7 @@ def reference_of(model, ref_model, device):
     if ref_model is None and model.has_adapters:
         return None
     lm = bare(ref_model) if ref_model is not None else copy.deepcopy(model.pretrained_model).requires_grad_(False)
+    keep_gradients(lm)  # of 4-bit layers also the numbers: repacked, they round otherwise than the policy's
     return (lm if is_4bit(lm) else lm.to(device)).eval()
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from rlhf_helpers import ppo
@@ -157,7 +158,7 @@ def checked_scores(call, scores):
 def checked_score(name, score):
     """One score as a float tensor without dimensions. Raises InputError that names it."""
     try:
-        number = torch.as_tensor(score).detach().cpu()
+        number = torch.as_tensor(score if hasattr(score, "dtype") else np.asarray(score)).detach().cpu()  # floats as they are
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise InputError(f"{name} is {shown(score)}; expected a finite number") from None
     if number.numel() != 1 or number.is_complex():
@@ -175,6 +176,8 @@ def checked_ids(name, sequences, vocabulary):
         raise InputError(f"{name}: one tensor of {ndim} dimensions; expected a list of 1-D LongTensors, without padding")
     if len(sequences) == 0:
         raise InputError(f"no {name}: expected at least one, a 1-D LongTensor of token ids")
+    if all(isinstance(ids, int) or getattr(ids, "ndim", 1) == 0 for ids in sequences):
+        raise InputError(f"{name}: one sequence of {len(sequences)} token ids; expected a list of such, [{name}]")
     for row, ids in enumerate(sequences):
         try:
             ids = torch.as_tensor(ids).detach().cpu()

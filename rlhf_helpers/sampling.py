@@ -10,6 +10,7 @@ import functools
 import hashlib
 import math
 import numbers
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -69,14 +70,19 @@ def positions_in(config):
 def check_room(config, queries, lengths):
     """Raises InputError for a query with no room behind it for a response of so many tokens, where positions are learnt (GPT-2).
     Rotary ones go on, and how well, their scaling decides."""
-    if getattr(config, "rope_parameters", None) or getattr(config, "rope_theta", None):
-        return
+    most = learnt_positions(config)
     for row, (query, length) in enumerate(zip(queries, lengths)):
-        if len(query) + length > positions_in(config):
+        if len(query) + length > most:
             raise InputError(
-                f"query {row} has {len(query)} tokens and its response {length}; expected at most {positions_in(config)} "
-                "together, the positions of the model"
+                f"query {row} has {len(query)} tokens and its response {length}; expected at most {most} together, the positions "
+                "of the model"
             )
+
+
+def learnt_positions(config):
+    """As `positions_in`, where positions are learnt; without an end where they are rotary."""
+    rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_theta", None)
+    return math.inf if rotary else positions_in(config)
 
 
 def end_ids(eos_id):
@@ -167,6 +173,19 @@ def ended(responses, eos_ids):
     ends = [getattr(getattr(response, "drawn", None), "ends", ()) or eos_ids for response in responses]
     has = lambda response, ids: not set(torch.as_tensor(response).tolist()).isdisjoint(ids)
     return torch.tensor(list(map(has, responses, ends)))
+
+
+def warn_of_slips(queries, responses, notes, eos_ids, pad_id):
+    """Warns of responses that `generate` has not cut (`notes` has None for them) and that look like somebody's slip: pads behind their
+    EOS, which count as tokens, and the score falls on the last of them; or the query in front."""
+    for row, (ids, note) in enumerate(zip(responses, notes)):
+        ends = torch.isin(ids, torch.tensor(list(eos_ids), dtype=torch.long)).nonzero().flatten().tolist()
+        tail = ids[ends[0] + 1 :] if note is None and ends else ids[:0]
+        if len(tail) and bool((tail == pad_id).all()):
+            said = f"response {row} has {len(tail)} pads behind its EOS, which count as tokens of it; is it a row of a padded tensor?"
+            return warnings.warn(said, stacklevel=4)
+    if all(len(query) > 1 and torch.equal(ids[: len(query)], query) for query, ids in zip(queries, responses)):
+        warnings.warn("every response begins with its query, which is learnt, too; expected it cut off", stacklevel=4)
 
 
 def padded(notes, device):

@@ -62,7 +62,7 @@ def several_processes():
     """How many processes there are. Raises InputError, with what to do, where shards could not work with them."""
     if not torch.distributed.is_available():
         raise InputError("--shard: this build of PyTorch has no torch.distributed; expected one that has it")
-    refuse_accelerate_fsdp()
+    refuse_accelerate_engines()
     processes = PartialState(cpu=device_and_dtype()[0].type == "cpu").num_processes
     if processes < 2:
         raise InputError(
@@ -71,13 +71,14 @@ def several_processes():
     return processes
 
 
-def refuse_accelerate_fsdp():
-    """Raises InputError if `accelerate launch` was told to shard by itself. On a CPU it would do nothing, silently; and its first
-    version would hide PEFT's model, so that the reference kept its adapters."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1", "yes"):
-        raise InputError(
-            "accelerate is set up to use FSDP by itself; expected --shard without it (accelerate launch without --use_fsdp)"
-        )
+def refuse_accelerate_engines():
+    """Raises InputError if `accelerate launch` was told to shard by itself. FSDP would do nothing on a CPU, silently, and its first
+    version would hide PEFT's model, so that the reference kept its adapters; DeepSpeed and Megatron take optimizer steps of their own."""
+    for engine, option in dict(FSDP="fsdp", DEEPSPEED="deepspeed", MEGATRON_LM="megatron_lm").items():
+        if os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() in ("true", "1", "yes"):
+            raise InputError(
+                f"accelerate is set up to use {engine} by itself; expected --shard without it (accelerate launch without --use_{option})"
+            )
 
 
 def check_storage(lm):

@@ -59,7 +59,7 @@ def step_stats(rollout, updates, kl_coef, total):
     std = lambda x: ppo.masked_var(x, every, total).sqrt().item()
     kl = torch.where(mask, rollout.kl, 0.0).sum(1)
     lengths = rollout.lengths.float()
-    query_lengths = torch.tensor([float(len(query)) for query in rollout.queries], device=device)
+    query_lengths = torch.tensor([float(len(query)) for query in rollout.queries], dtype=torch.float32, device=device)
     stats = {
         "objective/kl": mean(kl),
         "objective/kl_dist": kl.cpu().numpy(),

@@ -107,6 +107,7 @@ class PPOTrainer(Loop):
         queries, responses, scores, prompts = given
         clock, weights = clock or Clock(), self._weights()
         notes = sampling.how_drawn(queries, drawn, config.temperature, weights)
+        sampling.warn_of_slips(queries, responses, notes, self.eos_ids, tokenizer.pad_token_id)
         ended = sampling.ended(drawn, self.eos_ids)
         scores = clipped_scores(scores, ended, config)
         rollout = collate(queries, responses, scores, tokenizer.pad_token_id, self.device)

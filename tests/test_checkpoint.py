@@ -548,3 +548,27 @@ def test_a_save_killed_while_writing_leaves_the_old_checkpoint(saved, monkeypatc
     resumed = tiny.trainer(**SETTINGS)
     resumed.resume(folder)
     assert same(state(resumed), before)
+
+
+def test_adapters_that_are_merged_are_not_written_over(tmp_path):
+    """Taken out again, the new ones would be subtracted where the old ones were added."""
+    trainer = tiny.trainer(tiny.with_lora(tiny.llama(), b_scale=0.3))
+    trainer.save(tmp_path / "kept")
+    trainer.model.pretrained_model.merge_adapter()
+    before = tiny.state(trainer)
+    with pytest.raises(InputError, match="the model's adapters are merged into its weights"):
+        trainer.resume(tmp_path / "kept")
+    assert tiny.same(before, tiny.state(trainer))
+
+
+def test_what_somebody_put_into_a_checkpoint_is_kept_by_the_next_save(tmp_path):
+    trainer, folder = tiny.trainer(), tmp_path / "kept"
+    trainer.save(folder)
+    (folder / "tokenizer").mkdir()
+    for name in ("notes.txt", "tokenizer/vocabulary.json"):
+        (folder / name).write_text(f"mine: {name}")
+    with pytest.warns(UserWarning, match=r"notes.txt: not of a save.*; moved to .*kept.others"):
+        trainer.save(folder)
+    assert (tmp_path / "kept.others" / "notes.txt").read_text() == "mine: notes.txt"
+    assert (tmp_path / "kept.others" / "tokenizer" / "vocabulary.json").read_text() == "mine: tokenizer/vocabulary.json"
+    tiny.trainer().resume(folder)

@@ -256,3 +256,17 @@ def test_of_300_malformed_files_each_is_read_well_or_refused_by_file_and_line(wr
                 assert re.match(place, str(error)) and len(str(error).splitlines()) == 1 and "; expected" in str(error), seed
                 counts["refused"] += 1
     assert min(counts.values()) > 60
+
+
+def test_line_ends_of_windows_inside_a_field_are_line_ends(write):
+    chat = "\n\nHuman: What is tea?\n\nAssistant: A drink.\n\nHuman: Hot?\n\nAssistant:"
+    record = dict(chosen=f"{chat} Mostly.", rejected=f"{chat} No.")
+    crlf = {name: text.replace("\n", "\r\n") for name, text in record.items()}
+    assert load_preferences([crlf]) == load_preferences([record]) == [dict(prompt=chat, chosen="Mostly.", rejected="No.")]
+    assert turns(chat.replace("\n", "\r\n")) == turns(chat) and len(turns(chat)) == 3
+
+
+def test_a_pair_of_equal_answers_teaches_nothing_and_is_counted():
+    pairs = [dict(prompt="a", chosen="b", rejected="b"), dict(prompt="a", chosen="b", rejected="c")]
+    with pytest.warns(UserWarning, match="1"):
+        assert load_preferences(pairs) == pairs[1:]

@@ -369,6 +369,10 @@ def test_a_history_from_elsewhere_may_lack_any_stat(kept):
     assert examine(history) == examine(history, [(["a b"], [""])] * 30) == examine(history, [(["?!"], ["c"])] * 30) == []
 
 
+def test_a_long_history_may_lack_the_value_head_s_errors():
+    assert examine([{"step": step, "ppo/returns/var": 1.0, "ppo/returns/mean": 0.0} for step in range(1, 25)]) == []
+
+
 def test_every_rule_is_provoked_here():
     provoked = re.findall(r"diagnosed\(doctor\.(\w+),", Path(__file__).read_text(encoding="utf-8"))
     assert sorted(provoked) == sorted(rule.__name__ for rule, _, _ in doctor.RULES)

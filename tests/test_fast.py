@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from rlhf_helpers import fast, ppo, quirks
@@ -320,6 +321,8 @@ def test_only_what_the_fast_way_knows_takes_it(nf4, tmp_path):
     biased = tiny.llama(hidden_size=64, attention_bias=True)
     biased.bfloat16().save_pretrained(tmp_path)
     assert not fast.can_unpack(tiny.nf4_llama(tmp_path))
+    single_tokens = dict(target_modules=["q_proj"], trainable_token_indices=[5, 6])
+    assert not fast.can_unpack(get_peft_model(nf4(None), LoraConfig(task_type="CAUSAL_LM", **single_tokens)))
 
 
 def test_without_onednn_a_4_bit_model_is_sampled_the_plain_way(nf4, monkeypatch):

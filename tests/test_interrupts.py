@@ -27,6 +27,15 @@ def test_a_signal_that_is_ignored_stays_so():
         signal.signal(signal.SIGINT, before)
 
 
+def test_a_handler_that_is_not_python_s_is_left_alone(monkeypatch):
+    """`getsignal` gives None where another language's runtime has the signal, and nobody can put that back."""
+    monkeypatch.setattr(signal, "getsignal", lambda signum: None)
+    monkeypatch.setattr(signal, "signal", lambda *given: pytest.fail(f"signal.signal was called with {given}"))
+    with finishing() as asked, terminable():
+        assert asked.signum is None
+    monkeypatch.undo()
+
+
 def test_the_first_ctrl_c_is_noted_and_the_second_acts_at_once():
     with finishing() as asked:
         asked.check()

@@ -9,6 +9,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from peft import PeftModel
+from tokenizers.processors import TemplateProcessing
 
 from rlhf_helpers import models
 from rlhf_helpers.config import Profile
@@ -99,6 +100,10 @@ def test_a_missing_pad_token_is_an_unused_one_before_it_is_eos(special, pad, tmp
 def test_a_prompt_is_rendered_by_the_chat_template_with_one_bos():
     tokenizer = tiny.tokenizer()
     assert encode_prompt(tokenizer, "t10 t11").tolist() == [10, 11]
+    closing = tiny.tokenizer()
+    closing.backend_tokenizer.post_processor = TemplateProcessing("$A <eos>", special_tokens=[("<eos>", tiny.EOS)])
+    assert closing("t10 t11")["input_ids"] == [10, 11, tiny.EOS]  # as some tokenizers are saved, and the answer comes after it
+    assert encode_prompt(closing, "t10 t11").tolist() == [10, 11]
     tokenizer.chat_template = "{{ bos_token }} t5 {{ messages[0]['content'] }}{% if add_generation_prompt %} t6{% endif %}"
     ids = encode_prompt(tokenizer, "t10 t11")
     assert ids.tolist() == [tiny.BOS, 5, 10, 11, 6] and ids.dtype == torch.long

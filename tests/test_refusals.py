@@ -41,6 +41,17 @@ def pad_of_its_own(folder):
     return tiny.trainer(tokenizer=tokenizer)
 
 
+def with_biases():
+    return get_peft_model(tiny.gpt2(), LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, bias="all"))
+
+
+def with_norms():
+    lm = with_lora(llama())
+    for name, parameter in lm.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or name.endswith("norm.weight"))
+    return lm
+
+
 PARTS = {
     "adapters loaded to be read": (lambda folder: tiny.trainer(frozen(folder)), "is_trainable=True"),
     "a frozen model": (lambda folder: tiny.trainer(llama().requires_grad_(False)), "all are frozen"),
@@ -68,6 +79,21 @@ PARTS = {
         lambda folder: PPOTrainer(PPOConfig(), models.PolicyWithValueHead(llama()), None, tiny.tokenizer(), [{"query": "t5"}]),
         r"expected a function, such as advantages.leave_one_out \(if this is TRL's dataset: train\(prompts, reward_fn\)",
     ),
+    "biases that learn beside the adapters": (lambda folder: tiny.trainer(with_biases()), "would learn and is no adapter"),
+    "norms that learn beside the adapters": (
+        lambda folder: tiny.trainer(with_norms()),
+        "norm.weight would learn and is no adapter",
+    ),
+    "adapters that rewrite what is under them": (
+        lambda folder: tiny.trainer(
+            get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa"))
+        ),
+        "init_lora_weights='pissa' rewrites",
+    ),
+    "a reference of fewer places": (
+        lambda folder: tiny.trainer(with_lora(tiny.gpt2(), ["c_attn"]), ref_model=tiny.gpt2(n_positions=64)),
+        "ref_model has 64 positions and the policy 128",
+    ),
     "a price that would turn negative": (lambda folder: PPOConfig(horizon=10.0), "expected above 0.2 x batch_size = 25.6"),
 }
 
@@ -76,6 +102,12 @@ PARTS = {
 def test_parts_that_could_not_learn_or_would_learn_another_thing(make, words, tmp_path):
     with pytest.raises(InputError, match=words):
         make(tmp_path)
+
+
+@pytest.mark.parametrize("make, reference", ((with_biases, tiny.gpt2), (with_norms, llama)))
+def test_with_a_reference_of_its_own_more_than_adapters_may_learn(make, reference):
+    trainer = tiny.trainer(make(), ref_model=reference())
+    assert trainer.step(*tiny.batch())["objective/kl"] == 0 and trainer.step(*tiny.batch())["objective/kl"] != 0
 
 
 CALLS = {
@@ -98,6 +130,11 @@ CALLS = {
     ),
     "a reward that is NaN": (lambda t: t.train(PROMPTS, lambda p, r: [float("nan")] * len(r), steps=1), r"scores\[0\] is nan"),
     "texts for ids": (lambda t: t.generate(["t5 t6"]), "query 0 is 't5 t6'; expected a 1-D LongTensor"),
+    "one query, and no list of them": (
+        lambda t: t.generate(tiny.batch()[0][0]),
+        r"query: one sequence of 2 token ids; expected a list of such, \[query\]",
+    ),
+    "one response of plain numbers": (lambda t: t.step([tiny.batch()[0][0]] * 4, [4, 5, 6, 7], [0.0] * 4), "one sequence of 4"),
     "no queries": (lambda t: t.generate([]), "no query"),
     "no tokens": (lambda t: t.generate(tiny.batch()[0], max_new_tokens=0), "max_new_tokens is 0"),
     "a batch of none": (lambda t: t.generate(tiny.batch()[0], batch_size=-1), "batch_size is -1"),

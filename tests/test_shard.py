@@ -147,10 +147,12 @@ def test_without_torch_distributed_it_says_so(monkeypatch):
 
 
 def test_accelerate_s_own_sharding_is_refused_with_and_without_ours(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    for make in (lambda: tiny.trainer(), lambda: shard.shard(models.PolicyWithValueHead(tiny.with_lora(tiny.llama())))):
-        with pytest.raises(InputError, match="without --use_fsdp"):
-            make()
+    for engine, option in (("FSDP", "fsdp"), ("DEEPSPEED", "deepspeed"), ("MEGATRON_LM", "megatron_lm")):
+        with monkeypatch.context() as launched:
+            launched.setenv(f"ACCELERATE_USE_{engine}", "true")
+            for make in (lambda: tiny.trainer(), lambda: shard.shard(models.PolicyWithValueHead(tiny.with_lora(tiny.llama())))):
+                with pytest.raises(InputError, match=f"without --use_{option}"):
+                    make()
 
 
 def test_4_bit_weights_stored_as_bf16_are_the_same_weights(llama_folder):

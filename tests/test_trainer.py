@@ -3,6 +3,7 @@
 import copy
 import math
 import signal
+import warnings
 
 import pytest
 import torch
@@ -71,6 +72,63 @@ def test_what_accelerate_config_says_of_autocast_is_not_heard(monkeypatch):
     queries, responses, scores = batch()
     assert trainer.step(queries, responses, scores)["ppo/policy/first_ratio_error"] == 0
     assert {row.dtype for row in trainer.model(*trainer.rollout.inputs(torch.arange(4)))} == {torch.float32}
+
+
+def test_what_accelerate_config_says_of_compiling_is_not_heard(monkeypatch):
+    """It would rename the weights, and no other trainer could read the checkpoint."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    AcceleratorState._reset_state(reset_partial_state=False)
+    assert type(tiny.trainer().model) is PolicyWithValueHead
+
+
+def test_a_default_dtype_of_torch_changes_no_step():
+    usual, other, given = tiny.trainer(), tiny.trainer(), batch()
+    usual.step(*given)
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        other.step(*given)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert tiny.same(tiny.state(usual), tiny.state(other))
+
+
+def test_rows_of_a_padded_tensor_are_told():
+    queries, responses, scores = batch()
+    padded = [torch.cat([ids, torch.tensor([tiny.EOS, tiny.PAD, tiny.PAD])]) for ids in responses]
+    with pytest.warns(UserWarning, match="response 0 has 2 pads behind its EOS, which count as tokens"):
+        tiny.trainer().step(queries, padded, scores)
+
+
+def test_responses_with_their_queries_in_front_are_told():
+    trainer = tiny.trainer()
+    queries, _, scores = batch()
+    with pytest.warns(UserWarning, match="every response begins with its query"):
+        trainer.step(queries, trainer.generate(queries, return_prompt=True), scores)
+
+
+def test_nothing_is_told_of_what_generate_gave_even_where_pads_were_drawn():
+    trainer = tiny.trainer()
+    queries, _, scores = batch()
+    responses = trainer.generate(queries, eos_token_id=-1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        trainer.step(queries, responses, scores)
+
+
+def test_a_4_bit_reference_computes_as_a_4_bit_policy_does(llama_folder):
+    """Loaded by transformers alone it would be repacked at its first pass, on CPUs with AVX512-BF16."""
+    policy, reference = tiny.with_lora(tiny.nf4_llama(llama_folder)), tiny.nf4_llama(llama_folder)
+    trainer = tiny.trainer(policy, ref_model=reference)
+    assert [trainer.step(*batch(seed=seed))["objective/kl"] for seed in (0, 1)][0] == 0
+    assert trainer.inspect(*batch()[:2]).ref_logprobs.equal(trainer.inspect(*batch()[:2]).ref_logprobs)
+
+
+@pytest.mark.parametrize("name", ("save_pretrained", "generate", "gradient_checkpointing_enable", "is_peft_model"))
+def test_what_trl_s_model_had_is_one_sentence(name):
+    policy = tiny.trainer().model
+    with pytest.raises(AttributeError, match=f"PolicyWithValueHead has no {name}: "):
+        getattr(policy, name)
+    assert not hasattr(policy, name) and getattr(policy, name, None) is None
 
 
 def test_a_response_ends_at_any_token_that_the_model_s_generation_config_names():
