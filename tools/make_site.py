@@ -177,7 +177,11 @@ class Renderer(IPythonRenderer):
         names = cycle([plain(name) for name in re.findall(r"<th\b[^>]*>(.*?)</th>", text, re.DOTALL)] or [""])
         longest = max(map(len, map(plain, re.findall(r"<td\b[^>]*>(.*?)</td>", text, re.DOTALL))), default=0)
         text = re.sub("<td", lambda _: f'<td data-name="{escape(next(names))}"', text.replace(r"\|", "|"))  # a bar within code
-        kind = "lines" if longest > 40 else "numbers"
+        rows = [list(map(plain, re.findall(r"<td\b[^>]*>(.*?)</td>", row, re.DOTALL))) for row in text.split("</tr>")]
+        words = max(
+            (sum(map(len, row)) for row in rows if sum(bool(re.search(r"\d", cell)) for cell in row) < len(row) / 2), default=0
+        )
+        kind = "lines" if longest > 40 or words > 70 else "numbers"
         return f'<div class="scroll" tabindex="0"><table class="{kind}">\n{whole_intervals(text)}</table></div>\n'
 
 
@@ -219,8 +223,26 @@ def pixels(png):
 
 
 def whole_intervals(html):
-    """Cells of a table that hold a date, an interval, or a number with one, are not broken into lines."""
-    return re.sub(r"<td\b(?=[^>]*>(?:[+−-]?\d[^<\s]* (?:\(|to )[^<]{1,25}|\d{4}-\d\d-\d\d)</td>)", '<td class="whole"', html)
+    """Cells of a table that hold a date, an interval, or a number with one, are not broken into lines, long texts may be, and names
+    after an underscore."""
+    if "<script" in html:
+        return html
+    html = re.sub(r"<td\b(?=[^>]*>(?:[+−-]?\d[^<\s]* (?:\(|to )[^<]{1,25}|\d{4}-\d\d-\d\d)</td>)", '<td class="whole"', html)
+    html = re.sub(r'(<table[^>]*class="dataframe".*?</table>)', lambda m: left_texts(m[1]), html, flags=re.DOTALL)
+    cell = r"(<t[dh]\b[^>]*>(?:<code>)?)([^<]*_[^<]*)(?=<)"
+    return re.sub(cell, lambda m: m[1] + re.sub(r"(?<=\w)_(?=\w)", "_<wbr>", m[2]), html)
+
+
+def left_texts(table):
+    """A table of pandas in which columns of words stand on the left, their heads included."""
+    rows = [re.split(r"(?=<t[dh]\b)", row) for row in re.split(r"(?=<tr\b)", table)]
+    columns = list(zip(*(row[1:] for row in rows if sum(cell.startswith("<td") for cell in row) > 0)))
+    of_words = lambda cell: bool(re.match(r"<td[^>]*>[^<\d]*[A-Za-z]{2}[^<]*</td>", cell))
+    wordy = [place for place, cells in enumerate(columns, 1) if sum(map(of_words, cells)) > len(cells) / 2]
+    for row in rows:
+        for place in (place for place in wordy if len(row) == len(columns) + 1):
+            row[place] = re.sub(r"^<t([dh])(?=>)", r'<t\1 class="text"', row[place])
+    return "".join("".join(row) for row in rows)
 
 
 # ---------------------------------------------------------------- pages

@@ -39,6 +39,8 @@ FAULTS = [
     Fault("values read one position late", "models.py", "self.v_head(hidden[-1])", "self.v_head(hidden[-1].roll(-1, 1))", "models"),
     Fault("dropout left on", "models.py", "self.eval()", "pass", "models"),
     Fault("4-bit layers unprotected", "models.py", "keep_gradients(causal_lm)", "pass", "faults"),
+    Fault("4-bit reference unprotected", "parts.py", "    keep_gradients(lm)  #", "    pass  #", "trainer"),
+    Fault("reference that moves with the policy", "parts.py", "return check_stays_as_reference(model)", "return", "refusals"),
     Fault("reference with adapters on", "trainer.py", "with self.model.adapters_off():",
           "with torch.no_grad():", "oracle"),
     Fault("log-probs at another temperature", "trainer.py", "rollout.response_ids[rows], mask, config.temperature)",
@@ -102,6 +104,8 @@ FAULTS = [
     Fault("the rejected answer is taught", "pairwise.py", "-F.logsigmoid(chosen - rejected)", "-F.logsigmoid(rejected - chosen)",
           "reward"),
     # checkpoints: all comes back, or nothing
+    Fault("merged adapters written over", "checkpoint.py", "if trainer.model.adapters_merged():", "if False:", "checkpoint"),
+    Fault("somebody's files lost by a save", "files.py", "                    _keep_others(place)\n", "", "checkpoint"),
     Fault("Adam begins anew", "checkpoint.py", 'load_state_dict({"state": moments,', 'load_state_dict({"state": {},', "checkpoint"),
     Fault("random numbers begin anew", "checkpoint.py", "_set_random(state.random, trainer.generator.device, trainer.generator)",
           "_set_random(state.random, trainer.generator.device)", "checkpoint"),

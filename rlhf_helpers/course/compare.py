@@ -22,7 +22,7 @@ COLUMNS = [
     "reward gained",
     "gold gained",
     "gold against the frozen recipe",
-    "KL of each",
+    "KL (lowest to highest)",
     "whole",
 ]
 
@@ -66,6 +66,11 @@ def signed(x):
 def spread(interval):
     mean, (low, high) = interval
     return f"{signed(mean)} ({signed(low)} to {signed(high)})"
+
+
+def ranged(kls):
+    """The mean of some runs' KLs, and the range."""
+    return f"{np.mean(kls):.1f}" + (f" ({min(kls):.1f} to {max(kls):.1f})" if len(kls) > 1 else "")
 
 
 def over(values):
@@ -119,7 +124,7 @@ def rows(*experiments):
         if frozen and logs[0].head.get("experiment") != "headline" and logs[0].after["split"] == frozen[0].after["split"]:
             apart = verdict(gains["gold"], stacked(frozen, lambda log: gain(log, "gold")))
         made.append([condition, len(logs), *(spread(over(values)) for values in gains.values()), apart,
-                     " ".join(f"{log.kl:.1f}" for log in logs), f"{np.mean([log.whole for log in logs]):.0%}"])  # fmt: skip
+                     ranged([log.kl for log in logs]), f"{np.mean([log.whole for log in logs]):.0%}"])  # fmt: skip
     return made
 
 
@@ -151,7 +156,7 @@ def reached():
         reward = rewards.mean() + np.mean([gain(log, "rewards").mean() for log in logs])
         made.append(row(f"{name}, {len(logs)} seeds", np.mean([log.gold.mean() for log in logs]),
                         over(stacked(logs, lambda log: gain(log, "gold"))), f"{reward:.2f}",
-                        f"{np.mean(ends):.1f} ({min(ends):.1f} to {max(ends):.1f})", "1"))  # fmt: skip
+                        ranged(ends), "1"))  # fmt: skip
     return made
 
 
