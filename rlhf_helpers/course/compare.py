@@ -214,7 +214,7 @@ def plane(*experiments, names=None, marks=None, shapes=None):
     if shapes:
         labels = [name for name in dict.fromkeys(names.values()) if name in labels]
         numbers = {name: number for number, name in enumerate(labels)}
-        colours = [plots.colormaps["viridis"](place) for place in np.linspace(0, 0.92, len(labels))]
+        colours = [plots.colormaps["plasma"](place) for place in np.linspace(0, 0.9, len(labels))]
     markers = dict(zip(sorted(set((shapes or {}).values())), "os^DvP*"))
     for name in labels:
         own = [log for log in logs if label(log) == name]

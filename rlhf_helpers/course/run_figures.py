@@ -1,6 +1,8 @@
 """Figures of many runs: what differs between seeds, and gold over the distance from the reference, with the curves of Gao et al.
 2023 ("Scaling laws for reward model overoptimization", arXiv:2210.10760)."""
 
+from itertools import cycle
+
 import numpy as np
 
 from rlhf_helpers.course.plots import (
@@ -88,18 +90,20 @@ def apart(heights, least):
 
 
 def paid_and_wanted(groups, width=4):
-    """Two panels, what is paid (the score) and what is wanted (the gold), over the steps, means of `width`: {name: logs}, a line a run.
-    The longest runs have their seed at the end of their score."""
+    """Two panels, what is paid (the score) and what is wanted (the gold), over the steps, means of `width`: {name: logs}, a line a run,
+    each seed in a style of its own. The longest runs have their seed at the end of their score."""
     longest = max(len(log.steps) for logs in groups.values() for log in logs)
     figure, axes = new_figure(1, 2, size=(8, 2.9))
     for axis, key, title in zip(axes[0], ("score", "gold"), ("score: what is paid", "gold: what is wanted")):
         ends = []
         for place, (name, logs) in enumerate(groups.items()):
-            colour, style = ((BLUE, "--"), (RED, "-"), (ORANGE, ":"))[place % 3]
-            for number, log in enumerate(logs):
+            colour = (BLUE, RED, ORANGE)[place % 3]
+            for number, (log, style) in enumerate(zip(logs, cycle(("-", "--", ":")))):
                 line = running_mean(log.course_of(key), width)
                 label = None if number else name.replace("_", " ")
-                axis.plot(range(1, len(line) + 1), line, style, color=colour, linewidth=1.4, label=label)
+                axis.plot(
+                    range(1, len(line) + 1), line, style, color=colour, linewidth=1.4, label=label, zorder=3 - 0.1 * place
+                )
                 if key == "score" and len(line) == longest:
                     ends.append((line[-1], f" seed {log.head['seed']}", colour))
         for y, (_, seed, colour) in zip(apart([end[0] for end in ends], 0.06 * np.ptp(axis.get_ylim())), ends):
