@@ -1,5 +1,7 @@
 """The capstone: labels are read or refused in one sentence, runs keep their names to themselves, and points say what they count."""
 
+import html
+
 import numpy as np
 import pytest
 
@@ -143,10 +145,12 @@ def test_the_subject_hides_how_often_the_labels_go_along_with_warm_words():
 def test_the_four_runs_are_there_and_do_not_say_what_they_are():
     runs = capstone.blind()
     assert set(runs) == set("ABCD") and set(checks.KEY.values()) == {"healthy", "misled", "bug", "hacked"}
-    text = capstone.samples(runs)
+    shown = capstone.samples(runs)
+    text, page = repr(shown), shown._repr_html_()
     for log in runs.values():
-        assert len(log.steps) >= 10 and log.head["condition"] not in text
-    assert text.count("step 1 ") == 4 and "C, step 11 " in text  # half-way of 23
+        assert len(log.steps) >= 10 and log.head["condition"] not in text + page
+        assert html.escape(" ".join(log.steps[-1]["texts"][1].split())) in page
+    assert text.count("step 1 ") == page.count("step 1 ") == 8 and "C, step 11 " in text  # half-way of 23
 
 
 def test_the_mended_run_differs_from_the_broken_one_in_that_line_alone():

@@ -251,17 +251,36 @@ def label_ends(axis, ends):
     axis.margins(x=0.09)
 
 
-def samples(logs, at=(0, 0.5, -2, -1), row=0):
-    """What each run wrote at some of its steps (0.5: half-way), as plain text, with the score that the run was paid for it."""
-    lines = []
+class Texts:
+    """{section: [(title, text)]} as text that flows, on a phone too; in a terminal as plain lines."""
+
+    def __init__(self, sections):
+        self.sections = sections
+
+    def _repr_html_(self):
+        parts = []
+        for name, entries in self.sections.items():
+            parts.append(f"<p><b>{html.escape(name)}</b></p>")
+            for title, text in entries:
+                parts.append(f'<p style="margin-left:1.5em"><b>{html.escape(title)}</b><br>{html.escape(text)}</p>')
+        return "\n".join(parts)
+
+    def __repr__(self):
+        indented = lambda text: textwrap.fill(text, 96, initial_indent="    ", subsequent_indent="    ")
+        entries = [(f"{name}, {title}", text) for name, some in self.sections.items() for title, text in some]
+        return "\n\n".join(f"{title}\n{indented(text)}" for title, text in entries)
+
+
+def samples(logs, at=((0, 0), (0, 1), (0.5, 0), (-2, 0), (-2, 1), (-1, 0), (-1, 1))):
+    """What each run wrote: Texts of some of its steps (0.5: half-way) and rows, with the score that the run was paid for each."""
+    sections = {name: [] for name in logs}
     for name, log in logs.items():
-        for step in at:
+        for step, row in at:
             number = (len(log.steps) // 2 - 1 if step == 0.5 else step) % len(log.steps)
             one = log.steps[number]
-            text = " ".join(one["texts"][row].split())
-            lines.append(f"{name}, step {number + 1} ({one['scores'][row]:+.1f}): {one['prompts'][row]}")
-            lines.append(textwrap.fill(text, 96, initial_indent="    ", subsequent_indent="    ") + "\n")
-    return "\n".join(lines)
+            title = f"step {number + 1} ({one['scores'][row]:+.1f}): {one['prompts'][row]}"
+            sections[name].append((title, " ".join(one["texts"][row].split())))
+    return Texts(sections)
 
 
 # ---------------------------------------------------------------- the gold revealed
