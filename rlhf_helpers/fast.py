@@ -41,11 +41,12 @@ def can_unpack(lm):
         or base.device.type != "cpu"
     ):
         return False
+    ends = base.get_input_embeddings(), base.lm_head
+    if [type(end) for end in ends] != [torch.nn.Embedding, torch.nn.Linear]:  # PEFT wraps them to train single tokens
+        return False
     layers = [base_of(linear(layer, name)) for layer in base.model.layers for names in STACKS for name in names]
     known = lambda layer: is_4bit_layer(layer) and layer.compute_dtype == torch.bfloat16
-    plain = all(known(layer) and layer.bias is None for layer in layers) and getattr(base.lm_head, "bias", None) is None
-    ends = base.get_input_embeddings(), base.lm_head
-    plain &= [type(end) for end in ends] == [torch.nn.Embedding, torch.nn.Linear]  # PEFT wraps them to train single tokens
+    plain = all(known(layer) and layer.bias is None for layer in layers) and base.lm_head.bias is None
     silu = base.config.hidden_act == "silu" and all(layer.weight.dtype == torch.bfloat16 for layer in ends)
     if not (plain and silu and has_onednn()):
         return False

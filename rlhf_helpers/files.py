@@ -178,7 +178,9 @@ def _keep_others(place):
     except InputError:  # without one nobody can tell
         return
     others = place.with_name(f"{place.name}.others")
-    for name, path in ((name, path) for name, path in _files(place).items() if name not in listed):
+    for name, path in _files(place).items():
+        if name in listed:
+            continue
         (others / name).parent.mkdir(parents=True, exist_ok=True)
         path.replace(others / name)
         warnings.warn(f"{path}: not of a save, which writes this folder anew; moved to {others / name}", stacklevel=2)

@@ -93,19 +93,19 @@ def check_stays_as_reference(model):
     then it cannot be its own reference."""
     if not model.has_adapters:
         return
-    lm, instead = model.pretrained_model, "or a ref_model"
+    lm = model.pretrained_model
     begun = str(getattr(lm.active_peft_config, "init_lora_weights", ""))
     if begun.startswith(("pissa", "olora", "corda", "loftq")):
         raise InputError(
             f"init_lora_weights={begun!r} rewrites the weights under the adapters, so with the adapters off it is not the model "
-            f"that it was made of; expected another beginning, {instead}"
+            "that it was made of; expected another beginning, or a ref_model"
         )
     own = (getattr(lm.base_model, "prefix", "lora_"), "modules_to_save", "trainable_tokens")
     for name, parameter in lm.named_parameters():
         if parameter.requires_grad and not any(part in name for part in own):
             raise InputError(
                 f"{name} would learn and is no adapter: with the adapters off the reference would move with it; expected it "
-                f"frozen (in LoRA: bias='none'), {instead}"
+                "frozen (in LoRA: bias='none'), or a ref_model"
             )
 
 

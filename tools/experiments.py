@@ -236,12 +236,34 @@ def the_control():
         f"Gold of seeds 0, 1 and 2 less the mean of these three, on average over {len(apart)} conditions: {of_seeds}; a single run "
         f"scatters by {scatter:.2f}.\n\nVerdicts that turn when one run of the frozen recipe is left out:"
     ]
-    price = headline[0].head["config"]["init_kl_coef"]
-    measures = {"gold": lambda log: gain(log, "gold"), f"reward less {price:g} a nat": lambda log: net(log, price)}
-    for measure, of in measures.items():
+    for measure, of in measures(headline).items():
         head = ["condition", f"{measure}, against the frozen recipe", "turns without seed"]
         parts.append(table(head, turning(several, headline, of)))
     return "\n\n".join(parts)
+
+
+def measures(frozen):
+    """{name: a function of a log}, prompt by prompt: the gold gained, and the objective at the frozen recipe's price."""
+    price = frozen[0].head["config"]["init_kl_coef"]
+    return {"gold": lambda log: gain(log, "gold"), f"reward less {price:g} a nat": lambda log: net(log, price)}
+
+
+def one_method():
+    """*Leave one out* and *group mean*, which make the same updates, as one condition: each run alone, and each seed's pair as one."""
+    frozen, made = logs_of("headline"), by_condition("advantages")
+    twins = [made.get(name, []) for name in ("leave_one_out", "group_mean")]
+    if not frozen or not all(twins):
+        return NONE_YET
+    rows = []
+    for measure, of in measures(frozen).items():
+        first, second, control = (stacked(logs, of) for logs in (*twins, frozen))
+        together = verdict(np.concatenate([first, second]), control), verdict((first + second) / 2, control)
+        rows.append([measure, *together, verdict(first, second)])
+    first, second, control = (np.array([log.kl for log in logs]) for logs in (*twins, frozen))
+    together = times(np.concatenate([first, second]), control), times(np.sqrt(first * second), control)
+    rows.append(["KL", *together, times(first, second)])
+    against = "against the frozen recipe"
+    return table(["the two as one method", f"ten runs {against}", f"five pairs {against}", "the one against the other"], rows)
 
 
 def turning(several, headline, of):
@@ -384,6 +406,7 @@ BLOCKS = dict(
     endless=endless,
     still_to_make=still_to_make,
     the_control=the_control,
+    one_method=one_method,
     reached=lambda: table(compare.REACHED, rows) if (rows := compare.reached()) else NONE_YET,
 )
 COMPARED = [name for name in EXPERIMENTS if name not in BLOCKS and name != "base"]

@@ -178,11 +178,9 @@ class Renderer(IPythonRenderer):
         longest = max(map(len, map(plain, re.findall(r"<td\b[^>]*>(.*?)</td>", text, re.DOTALL))), default=0)
         text = re.sub("<td", lambda _: f'<td data-name="{escape(next(names))}"', text.replace(r"\|", "|"))  # a bar within code
         rows = [list(map(plain, re.findall(r"<td\b[^>]*>(.*?)</td>", row, re.DOTALL))) for row in text.split("</tr>")]
-        words = max(
-            (sum(map(len, row)) for row in rows if sum(bool(re.search(r"\d", cell)) for cell in row) < len(row) / 2), default=0
-        )
-        kind = "lines" if longest > 40 or words > 70 else "numbers"
-        return f'<div class="scroll" tabindex="0"><table class="{kind}">\n{whole_intervals(text)}</table></div>\n'
+        of_words = [row for row in rows if sum(bool(re.search(r"\d", cell)) for cell in row) < len(row) / 2]
+        kind = "lines" if longest > 40 or any(sum(map(len, row)) > 70 for row in of_words) else "numbers"
+        return f'<div class="scroll" tabindex="0"><table class="{kind}">\n{readable_cells(text)}</table></div>\n'
 
 
 class Exporter(HTMLExporter):
@@ -200,7 +198,7 @@ class Exporter(HTMLExporter):
         self.register_filter("markdown2html", self.page.markdown)
         self.register_filter("flow", flow)
         self.register_filter("without_colours", without_colours)
-        self.register_filter("whole_intervals", whole_intervals)
+        self.register_filter("readable_cells", readable_cells)
 
     def default_filters(self):
         yield from (pair for pair in super().default_filters() if pair[0] != "markdown2html")
@@ -222,7 +220,7 @@ def pixels(png):
     return int.from_bytes(png[16:20], "big")
 
 
-def whole_intervals(html):
+def readable_cells(html):
     """Cells of a table that hold a date, an interval, or a number with one, are not broken into lines, long texts may be, and names
     after an underscore."""
     if "<script" in html:
