@@ -193,7 +193,7 @@ CPU = Profile(
         kl_budget=9.0,  # the run ends past this mean of four steps; on test prompts the policies were then at 8.6 to 12.2 nats
         max_grad_norm=1.0,
         temperature=0.7,  # at 1.0 a model this small rambles
-        max_new_tokens=steps_of_this_run(64, 32),  # 6 of 10 answers of the untrained model end within 64
+        max_new_tokens=steps_of_this_run(64, 16),  # 6 of 10 answers of the untrained model end within 64
     ),
 )
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests import worker
+
 # Without --multi_gpu, `accelerate launch` starts a single process where it sees no second GPU; with it, on a CPU, as many as
 # asked. At port 0 it takes a free one.
 LAUNCH = """-m accelerate.commands.launch --multi_gpu --num_machines 1 --num_processes 2 --main_process_port 0
@@ -25,26 +27,30 @@ def launch(processes, *arguments, status=0, **environment):
     return ran.stdout
 
 
-def test_two_processes_with_half_the_batch_each_make_the_update_of_one_with_the_whole(tmp_path):
-    for processes in (1, 2):
-        (tmp_path / str(processes)).mkdir()
-        launch(processes, "tests.worker", "update", str(tmp_path / str(processes)))
-    one, two = (load_file(tmp_path / n / "weights") for n in ("1", "2"))
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """(folder, output) of two processes that do all jobs of `tests.worker`, one after the other: starting takes longer than any."""
+    folder = tmp_path_factory.mktemp("processes")
+    return folder, launch(2, "tests.worker", str(folder), "update", "resume", "shares", "unlucky", "left")
+
+
+def test_two_processes_with_half_the_batch_each_make_the_update_of_one_with_the_whole(ran, tmp_path):
+    folders = tmp_path, ran[0]
+    worker.update(tmp_path)
+    one, two = (load_file(folder / "weights") for folder in folders)
     assert one.keys() == two.keys()
     for name in one:
         torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=0)
-    one, two = (torch.load(tmp_path / n / "stats", weights_only=True) for n in ("1", "2"))
+    one, two = (torch.load(folder / "stats", weights_only=True) for folder in folders)
     assert two == pytest.approx(one, abs=1e-5, nan_ok=True)  # sampler_kl: the responses came from elsewhere
 
 
-def test_two_processes_resume_bitwise_each_with_its_own_random_state(tmp_path):
-    output = launch(2, "tests.worker", "resume", str(tmp_path))
-    assert "process 0 of 2: resumed bitwise" in output and "process 1 of 2: resumed bitwise" in output
+def test_two_processes_resume_bitwise_each_with_its_own_random_state(ran):
+    assert "process 0 of 2: resumed bitwise" in ran[1] and "process 1 of 2: resumed bitwise" in ran[1]
 
 
-def test_processes_share_the_prompts_and_draw_apart_and_one_held_out_prompt_is_enough_for_two(tmp_path):
-    launch(2, "tests.worker", "shares", str(tmp_path))
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+def test_processes_share_the_prompts_and_draw_apart_and_one_held_out_prompt_is_enough_for_two(ran):
+    first, second = (json.loads((ran[0] / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first["steps"] == second["steps"] == 12 // (2 * 2), (
         "one pass over the prompts, by default, of all processes together"
     )
@@ -52,21 +58,20 @@ def test_processes_share_the_prompts_and_draw_apart_and_one_held_out_prompt_is_e
     assert first["judged"] == second["judged"] == ["t4 t5"] and first["texts"] == second["texts"]
 
 
-def test_an_update_that_one_process_cannot_make_is_made_by_none(tmp_path):
-    output = launch(2, "tests.worker", "unlucky", str(tmp_path))
-    assert "process 0: skipped 1" in output and "process 1: skipped 1" in output
+def test_an_update_that_one_process_cannot_make_is_made_by_none(ran):
+    assert "process 0: skipped 1" in ran[1] and "process 1: skipped 1" in ran[1]
 
 
 linux = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="only Linux tells a process the names of its threads")
 
 
 @linux
-def test_processes_that_leave_leave_no_thread_behind():
-    assert launch(2, "tests.worker", "left", "as we do").count("threads [], then []") == 2
+def test_processes_that_leave_leave_no_thread_behind(ran):
+    assert ran[1].count("threads [], then []") == 2
 
 
 @linux
 @pytest.mark.slow
 def test_a_trainer_keeps_the_threads_of_its_processes_until_they_are_left():
-    destroyed = launch(2, "tests.worker", "left", "destroyed")
+    destroyed = launch(2, "tests.worker", "somewhere", "destroyed")
     assert destroyed.count("threads ['gloo") == destroyed.count("then []") == 2, "quirks.leave_processes can go"

@@ -1,6 +1,8 @@
-"""What each process of tests/test_processes.py runs: `accelerate launch ... -m tests.worker JOB FOLDER`."""
+"""What each process of tests/test_processes.py runs: `accelerate launch ... -m tests.worker FOLDER JOB ...`. A job that leaves the
+other processes is the last."""
 
 import contextlib
+import faulthandler
 import json
 import sys
 from pathlib import Path
@@ -105,23 +107,24 @@ def in_the_end(looks=5_000):
     return next((names for _ in range(looks) if not (names := threads_of_gloo())), threads_of_gloo())
 
 
-def left(folder):
-    """Which of gloo's threads are there after a step, with the group destroyed as accelerate does it, or as `leave_processes` does;
-    the trainer is there all the while."""
+def left(_, leave=leave_processes):
+    """Which of gloo's threads are there after a step and `leave`; the trainer is there all the while."""
     trainer = stepped(steps=1)
-    if folder.name == "destroyed":
-        trainer.accelerator.end_training()
-    else:
-        leave_processes(trainer)
+    leave(trainer)
     there = in_the_end()
     trainer.policy = trainer.model
     trainer.accelerator.free_memory()
     print(f"threads {there}, then {in_the_end()}", flush=True)
 
 
+def destroyed(_):
+    """As `left`, with the group destroyed as accelerate does it."""
+    left(_, lambda trainer: trainer.accelerator.end_training())
+
+
 if __name__ == "__main__":
+    faulthandler.dump_traceback_later(200, exit=True)  # processes that wait for each other say where
     torch.set_num_threads(1)
-    JOBS = {"update": update, "resume": resume, "shares": shares, "unlucky": unlucky, "left": left}
-    JOBS[sys.argv[1]](Path(sys.argv[2]))
-    if sys.argv[1] != "left":
-        leave_processes()
+    folder, *jobs = sys.argv[1:]
+    for job in jobs:
+        {job.__name__: job for job in (update, resume, shares, unlucky, left, destroyed)}[job](Path(folder))
