@@ -42,7 +42,9 @@ def kept(tmp_path_factory):
     command = [sys.executable, "-W", "ignore", "-c", RUN, *trackers]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **folders}, cwd=home)
     assert done.returncode == 0, done.stderr
-    return home, dict(zip(trackers, [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")], strict=True))
+    return home, dict(
+        zip(trackers, [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")], strict=True)
+    )
 
 
 def test_tensorboard_keeps_every_scalar_of_every_step(kept):
