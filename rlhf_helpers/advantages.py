@@ -2,7 +2,8 @@
 
 A response's return is the sum of its rewards: the score less the price of its KL. These methods give all tokens of a response the
 same advantage (Ahmadian et al. 2024, arXiv:2402.14740): its return less a baseline from the other responses. The responses to
-one prompt stand together, PPOConfig.num_generations of them. The value head is asked nothing and taught nothing."""
+one prompt stand together, PPOConfig.num_generations of them. The value head is asked nothing, and in a batch's first pass taught
+nothing; in later ones its loss holds it where it was, unless PPOConfig.vf_coef is 0."""
 
 import torch
 

@@ -89,8 +89,9 @@ def ensure_model(name, say=print):
 def _tidy(folder):
     """Remove what killed processes left: the temporary folders that are too old to belong to one that still works."""
     for left in folder.glob(MAKING + "*"):
-        if left.stat().st_mtime < time.time() - 3600:
-            shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # whoever made it has removed it since
+            if left.stat().st_mtime < time.time() - 3600:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _made(name, work, say):

@@ -77,7 +77,7 @@ def save_checkpoint(trainer, folder, extra=None):
     failed = None
     if trainer.accelerator.is_main_process:
         try:
-            _write(trainer, folder, everyones, extra or {})
+            _write(trainer, state, folder, everyones, extra or {})
         except InputError as error:
             failed = error
     failed = broadcast_object_list([failed])[0]  # else the others would wait for ever
@@ -85,7 +85,7 @@ def save_checkpoint(trainer, folder, extra=None):
         raise failed
 
 
-def _write(trainer, folder, everyones, extra):
+def _write(trainer, state, folder, everyones, extra):
     about = dict(
         version=VERSION,
         steps_done=trainer.steps_done,
@@ -102,7 +102,6 @@ def _write(trainer, folder, everyones, extra):
             trainer.model.pretrained_model.save_pretrained(beside)
         head = {f"v_head.{name}": tensor for name, tensor in trainer.model.v_head.state_dict().items()}
         _save_tensors(head, beside / "model.safetensors")
-        state = state_of(trainer)
         tensors = {f"param.{name}": tensor for name, tensor in state.parameters.items()}
         tensors |= {f"adam.{key}.{name}": moments[key] for name, moments in state.adam.items() for key in ADAM}
         tensors |= {f"random.{kind}.{rank}": tensor for rank, states in enumerate(everyones) for kind, tensor in states.items()}
@@ -262,7 +261,7 @@ def checked_about(where, about):
     need("kl_coef", lambda value: type(value) in (int, float) and 0 <= value < 1e300, "a finite number from 0")
     rate = lambda value: type(value) in (int, float) and 0 <= value < 1e300
     rates = lambda value: type(value) is list and len(value) == 2 and all(map(rate, value))
-    if isinstance(about, dict) and "learning_rates" in about:
+    if "learning_rates" in about:
         need("learning_rates", rates, "the rates of the policy and of the value head, numbers from 0")
     need("num_processes", lambda value: whole(value) and 1 <= value < 2**16, "a whole number from 1")
     need("extra", lambda value: isinstance(value, dict), "an object")

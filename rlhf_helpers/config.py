@@ -68,10 +68,12 @@ class PPOConfig:
     adap_kl_ctrl: bool = setting(True, "move the coefficient towards `target` (Ziegler et al. 2019)")
     target: float = setting(6.0, "nats of KL per response that the controller aims at")
     horizon: float = setting(10000.0, "responses over which the controller moves")
-    kl_penalty: str = setting("kl", '"kl" (log-ratio), "abs", "mse" or "full" (over the whole vocabulary)')
+    kl_penalty: str = setting(
+        "kl", '"kl" (log-ratio), "full" (whole vocabulary); "abs", "mse": no nats, and target and kl_budget count in these'
+    )
     whiten_rewards: bool = setting(False, "give the per-token rewards variance 1, keep their mean")
     score_clip: float | None = setting(None, "keep scores within -score_clip .. score_clip")
-    early_stopping: bool = setting(False, "end the epochs of a step when its KL passes 1.5 x target_kl")
+    early_stopping: bool = setting(False, "end a step's epochs when policykl of the last minibatch passes 1.5 x target_kl")
     target_kl: float = setting(1.0, "nats per token, for early_stopping")
     max_grad_norm: float | None = setting(None, "clip the gradient's norm at every optimizer step")
     ratio_threshold: float = setting(10.0, "leave out an update if a minibatch of it has a mean ratio above this")

@@ -174,7 +174,7 @@ def _pairs(where, record):
         for name in PAIR[1:]:
             _string(where, name, record[name])
         prompt = _prompt(where, record["prompt"])
-        return [{**record, "prompt": prompt}] if chosen != rejected else []
+        return [{**record, "prompt": prompt, "chosen": chosen, "rejected": rejected}] if chosen != rejected else []
     shared, chosen, rejected = (_split_text if isinstance(chosen, str) else _split_turns)(chosen, rejected)
     prompt = _prompt_before(where, record["prompt"], shared) if "prompt" in record else shared
     if prompt is None:
@@ -219,12 +219,13 @@ def _answer(where, name, value):
     """A field of a pair, a string or a list of turns, with its types checked. Emptiness is judged later."""
     if not isinstance(value, list):
         return _string(where, name, value, "a string or a list of turns", empty=True)
+    read = []
     for place, turn in ((f"{name}[{number}]", turn) for number, turn in enumerate(value)):
         role = turn.get("role") if isinstance(turn, dict) else turn
         if not isinstance(turn, dict) or not isinstance(role, str) or role not in ROLES:
             raise InputError(f"{where}: field '{place}.role' is {shown(role)}; expected one of {', '.join(ROLES)}")
-        _string(where, f"{place}.content", turn.get("content"), empty=True)
-    return [{"role": turn["role"], "content": turn["content"]} for turn in value]
+        read.append({"role": role, "content": _string(where, f"{place}.content", turn.get("content"), empty=True)})
+    return read
 
 
 def _is_transcript(text):

@@ -143,8 +143,9 @@ def adapters_still(run):
 
 
 def ratio_extreme(run):
-    ratio = max(run.series("ppo/policy/ratio_mean") or [1.0], key=lambda r: max(r, 1 / max(r, 1e-9)))
-    if ratio > 2 or ratio < 0.1:
+    outside = [ratio for ratio in run.series("ppo/policy/ratio_mean") if not 0.1 <= ratio <= 2]
+    if outside:
+        ratio = max(outside, key=lambda r: abs(math.log(max(r, 1e-9))))
         return f"the mean ratio reached {ratio:.2f}, outside 0.1 to 2"
 
 

@@ -80,8 +80,8 @@ class Evaluation:
 
 
 def evaluate(trainer, prompts, reward_fn, samples=2, seed=1234, batch_size=40, reference=False):
-    """Sample `samples` responses to each prompt with a fixed seed, and score them; with `reference`, from the reference, whose KL
-    is 0. The prompts must differ. The trainer is not changed. Several processes share the prompts (some may get
+    """Sample `samples` responses to each prompt, the same for the same seed and batch_size, and score them; with `reference`, from the
+    reference, whose KL is 0. The prompts must differ. The trainer is not changed. Several processes share the prompts (some may get
     none), and all of them get the whole Evaluation."""
     check_whole("evaluate", 1, samples=samples, batch_size=batch_size)
     prompts = checked_list("evaluate: prompts", prompts)

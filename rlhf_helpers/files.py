@@ -4,6 +4,7 @@ folder, `manifest.json`, tells byte for byte whether its files are still those t
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from rlhf_helpers.errors import InputError, MissingInput
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+MACHINES_OWN = {".DS_Store", ".ipynb_checkpoints"}  # nobody's files: they go with the folder
 
 
 class NotWritten(InputError, OSError):
@@ -31,7 +33,8 @@ def whole_folder(folder, sign):
 
     The old folder is `aside(folder)` between two renames, where `find_whole` looks; left-overs of killed saves are removed. A
     folder that holds something and no file `sign` is nobody's former save: InputError, and it is not touched; so is one that
-    another process is saving to. Files that the old folder's manifest does not list are somebody else's, and kept (`_keep_others`). An OSError becomes NotWritten, one sentence with its reason."""
+    another process is saving to. Files that the old folder's manifest does not list are somebody else's, and kept
+    (`_keep_others`). An OSError becomes NotWritten, one sentence with its reason."""
     place = Path(os.path.realpath(folder))
     beside, old = place.with_name(f".{place.name}.part"), aside(place)
     try:
@@ -172,18 +175,26 @@ def _flush_folder(path):
 
 
 def _keep_others(place):
-    """Move files that a folder's manifest does not list to `<name>.others` beside it, with a warning: the folder is written anew."""
+    """Move what a folder's manifest does not list, hidden files too, to `<name>.others` beside it, with a warning: the folder is
+    written anew. One of the same name that is there already stays."""
     try:
         listed = _manifest(place / MANIFEST)
     except InputError:  # without one nobody can tell
         return
-    others = place.with_name(f"{place.name}.others")
-    for name, path in _files(place).items():
-        if name in listed:
+    others, moved = place.with_name(f"{place.name}.others"), []
+    for path in [path for path in sorted(place.rglob("*")) if path.is_symlink() or not path.is_dir()]:
+        name = path.relative_to(place).as_posix()
+        if name in listed or name == MANIFEST or MACHINES_OWN & set(path.parts):
             continue
-        (others / name).parent.mkdir(parents=True, exist_ok=True)
-        path.replace(others / name)
-        warnings.warn(f"{path}: not of a save, which writes this folder anew; moved to {others / name}", stacklevel=2)
+        free = (others / f"{name}{f'.{number}' if number else ''}" for number in itertools.count())
+        kept = next(place for place in free if not os.path.lexists(place))
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(kept)
+        moved.append(path)
+    if moved:
+        more = f" and {len(moved) - 1} more" if moved[1:] else ""
+        said = f"{moved[0]}{more}: not of a save, which writes this folder anew; moved to {others}"
+        warnings.warn(said, stacklevel=2)
 
 
 def _remove(folder):

@@ -1,4 +1,4 @@
-"""What a PPO step stands in: responses are drawn, steps are repeated, runs are saved and gone on with."""
+"""The loop around a PPO step: sampling, repeating it, saving, resuming."""
 
 import functools
 
@@ -6,7 +6,7 @@ import torch
 
 from rlhf_helpers import classic, fast, parts, progress, sampling
 from rlhf_helpers.checkpoint import load_checkpoint, save_checkpoint
-from rlhf_helpers.interrupts import finishing
+from rlhf_helpers.interrupts import Interrupted, finishing
 from rlhf_helpers.rollout import checked_call
 from rlhf_helpers.sampling import Drawn, digest
 from rlhf_helpers.stats import Clock
@@ -32,12 +32,14 @@ class Loop:
         how it was drawn, its `eos_token_id` too; with `return_prompt`, or cut out of a tensor, it does not."""
         kwargs = dict(eos_token_id=self.eos_ids, pad_token_id=self.tokenizer.pad_token_id) | kwargs
         text, asked = self.model.config.get_text_config(), (max_new_tokens, batch_size, temperature, greedy)
-        queries, batches, how, greedy = checked_call(queries, self.config, text, *asked, **kwargs)
-        responses, weights, (length, ends, _, temperature) = [], None if reference or greedy else self._weights(), how
+        queries, batches, asked, greedy = checked_call(queries, self.config, text, *asked, **kwargs)
+        length, ends, _, temperature = asked
+        weights = None if reference or greedy else self._weights()  # only the policy's own draws can replace a scoring pass
+        source, responses = reference and (self.ref_model or True), []
         bar = progress.bar(length * len(batches), "sampling", "tokens", len(queries) > 16 and self.accelerator.is_main_process)
-        with bar, sampling.reader_of(self.model, reference and (self.ref_model or True), self._fast_way()) as (lm, reader):
+        with bar, sampling.reader_of(self.model, source, self._fast_way()) as (lm, reader):
             for number, rows in enumerate(batches, 1):
-                drawn = sampling.sample(lm, rows, *how, generator or self.generator, greedy, reader, bar.update)
+                drawn = sampling.sample(lm, rows, *asked, generator or self.generator, greedy, reader, bar.update)
                 bar.update(length * number - bar.n)  # all of them may have ended before
                 responses += drawn.responses
                 for query, response, logprobs, hidden in zip(rows, drawn.responses, drawn.logprobs, drawn.hidden):
@@ -100,8 +102,8 @@ class Loop:
                 done.update()
                 if on_step:
                     on_step(self, stats)
-                asked.signum = self._largest(asked.signum or 0) or None  # one process is asked, and all stop
-                asked.check()
+                if signum := self._largest(asked.signum or 0):  # one process is asked, and all stop
+                    raise Interrupted(signum)
         return self.history
 
     def _largest(self, number):

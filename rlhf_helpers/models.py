@@ -318,7 +318,9 @@ class PolicyWithValueHead(nn.Module):
     @contextlib.contextmanager
     def adapters_off(self):
         """A context in which the model is its own reference. The adapters come back after an exception, too, and what is frozen
-        of them stays so."""
+        of them stays so. Raises InputError for merged ones, which PEFT would take out of the weights for good."""
+        if self.adapters_merged():
+            raise InputError("the adapters are merged into the weights; expected them apart (unmerge_adapter)")
         learns = [(parameter, parameter.requires_grad) for parameter in self.pretrained_model.parameters()]
         try:
             with self.pretrained_model.disable_adapter() if self.has_adapters else contextlib.nullcontext():
@@ -351,8 +353,9 @@ class PolicyWithValueHead(nn.Module):
 
     def require_gradients(self):
         """Raises RuntimeError, leaving no gradient behind, unless every adapter that learns has got one."""
+        adapters = getattr(self.pretrained_model.base_model, "prefix", "lora_") if self.has_adapters else "lora_"
         for name, parameter in self.pretrained_model.named_parameters():
-            if parameter.requires_grad and "lora_" in name and parameter.grad is None:
+            if parameter.requires_grad and adapters in name and parameter.grad is None:
                 self.zero_grad()
                 raise RuntimeError(
                     f"adapter {name} got no gradient: it would never train. Was the 4-bit model run outside PolicyWithValueHead "

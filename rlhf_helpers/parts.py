@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import warnings
 
 import numpy as np
@@ -211,11 +212,9 @@ def rows_of(batch, size, n, seed, repeats=1):
     them `repeats` times in a row."""
     if repeats > 1:
         return [row for row in rows_of(batch, size // repeats, n, seed) for _ in range(repeats)]
-    rows = []
-    for place in range(batch * size, (batch + 1) * size):
-        shuffle = torch.Generator().manual_seed(1_000_003 * (seed + 1) + place // n)
-        rows.append(torch.randperm(n, generator=shuffle)[place % n].item())
-    return rows
+    generator = lambda turn: torch.Generator().manual_seed(1_000_003 * (seed + 1) + turn)
+    shuffled = functools.cache(lambda turn: torch.randperm(n, generator=generator(turn)))  # each pass once
+    return [shuffled(place // n)[place % n].item() for place in range(batch * size, (batch + 1) * size)]
 
 
 @contextlib.contextmanager

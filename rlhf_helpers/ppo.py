@@ -4,7 +4,7 @@ B is the number of responses, T the length of the longest one. ``mask`` is boole
 policy really wrote, its first EOS included; whatever stands elsewhere, even NaN, changes nothing. Everything is fp32.
 
 Sources: Ziegler et al. 2019 (arXiv:1909.08593), Schulman et al. 2016 (GAE, arXiv:1506.02438) and 2017 (PPO,
-arXiv:1707.06347), Huang et al. 2024 (the N implementation details, arXiv:2403.17031), TRL 0.11.4 `PPOTrainer`.
+arXiv:1707.06347), Huang et al. 2024 (the N+ implementation details, arXiv:2403.17031), TRL 0.11.4 `PPOTrainer`.
 """
 
 import torch
@@ -15,7 +15,7 @@ MAX_LOG_RATIO = 20.0  # exp(20) is finite in fp32; a log-ratio beyond it is an a
 
 
 def alone(number):
-    """The sum of a number over all processes, where there is one. Several pass Accelerate's sum as `total` in its place."""
+    """The sum over processes where there is one: the number itself. PPOTrainer passes Accelerate's sum as `total`."""
     return number
 
 

@@ -106,7 +106,7 @@ class RewardModel:
         with whole_folder(checked_path("RewardModel.save: folder", folder), sign=FORMAT_FILE) as beside:
             self.model.save_pretrained(beside)
             self.tokenizer.save_pretrained(beside)
-            how = dict(join=self.join, mean=self.mean, std=self.std, max_length=self.max_length)
+            how = {name: getattr(self, name) for name in FORMAT}
             write_text(beside / FORMAT_FILE, json.dumps(how, indent=1) + "\n")
             write_manifest(beside)
 

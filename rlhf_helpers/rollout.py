@@ -14,7 +14,8 @@ from rlhf_helpers.sampling import check_room, check_whole, checked_options, pad_
 
 @dataclass
 class Rollout:
-    """One batch of B responses of at most T tokens. Per-token tensors are (B, T) over response tokens and 0 outside `mask`."""
+    """One batch of B responses of at most T tokens. Per-token tensors are (B, T) over response tokens and 0 outside `mask`; the two of
+    the update are NaN in rows that it has not yet met."""
 
     queries: list  # B LongTensors: token ids of the rendered prompts
     responses: list  # B LongTensors: token ids that the policy wrote, EOS included
@@ -30,7 +31,7 @@ class Rollout:
     logprobs: torch.Tensor = None  # log pi of each token before the update, nats
     sampler_logprobs: torch.Tensor = None  # the same as it was drawn; None where that is not known
     new_logprobs: torch.Tensor = None  # log pi in the update's latest pass
-    first_logprobs: torch.Tensor = None  # log pi in its first pass, before anything moved; NaN for rows that it had not yet met
+    first_logprobs: torch.Tensor = None  # log pi in its first pass, before anything moved
     first_rows: torch.Tensor = None  # the rows that it met: those of the first optimizer step
     ref_logprobs: torch.Tensor = None  # the same under the reference
     values: torch.Tensor = None  # the value head's guess of what is still to come

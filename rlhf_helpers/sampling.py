@@ -88,9 +88,11 @@ def learnt_positions(config):
 def end_ids(eos_id):
     """One token id, or several, that end a response, as a tuple. Raises InputError for anything else."""
     ids = tuple(eos_id) if isinstance(eos_id, (list, tuple)) else (eos_id,)
-    if not ids or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+    if not ids:
+        raise InputError("generate: neither tokenizer nor generation_config names an EOS; expected eos_token_id (-1: never)")
+    if not all(isinstance(i, numbers.Integral) and not isinstance(i, bool) for i in ids):
         raise InputError(f"generate: eos_token_id={eos_id!r}; expected one token id, or a list of them")
-    return ids
+    return tuple(map(int, ids))
 
 
 def pad_left(sequences, pad_id):
@@ -221,7 +223,7 @@ def sample(lm, queries, max_new_tokens, eos_id, pad_id, temperature=1.0, generat
         written.append((torch.where(ended, -1, drawn), -nll(logits, drawn), hidden[: len(queries), None]))  # -1: after the end
         each_token()
         drawn = torch.where(ended, pad_id, drawn)
-        ended |= torch.isin(drawn, ends) & (written[-1][0] >= 0)
+        ended |= torch.isin(drawn, ends)
         if everywhere(ended.all(), lm):  # of a model in shards, each process is asked for its share of every token
             break
         tokens = drawn[company]

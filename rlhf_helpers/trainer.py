@@ -25,7 +25,11 @@ class PPOTrainer(Loop):
     `model` is a PolicyWithValueHead. `ref_model` is a causal LM or PolicyWithValueHead that is used as given, or None: the
     adapters switched off (a model without adapters is copied and frozen instead). `advantages` is what makes them of a
     rollout, by default GAE. After `step`, `rollout` holds every tensor of the step, (B, T) over response tokens; `history`
-    holds the scalar stats of all steps. `permutation`, a function of n, orders the minibatches and may be replaced."""
+    holds the scalar stats of all steps. `permutation`, a function of n, orders the minibatches and may be replaced.
+
+    Once a step has shown that the sampler's log-probs are the trainer's to the bit (`sampler_is_exact`), the next one trusts them:
+    it takes them for its old log-probs and makes no scoring pass with the policy. The pass of its first optimizer step, made
+    before anything moves, is compared with them; a difference brings the scoring pass back."""
 
     def __init__(self, config, model, ref_model=None, tokenizer=None, advantages=gae_advantages, **left_out):
         classic.refuse("PPOTrainer", left_out)
@@ -44,7 +48,6 @@ class PPOTrainer(Loop):
         self.permutation = lambda n: torch.randperm(n, generator=self.generator).tolist()
         self.kl_coef = config.init_kl_coef
         self.steps_done, self.history, self.rollout = 0, [], None
-        # Whether the last step has shown that the sampler's log-probs are the trainer's, to the bit, on all that it compared.
         self.sampler_is_exact = False
 
     # ------------------------------------------------------------ step
@@ -55,16 +58,15 @@ class PPOTrainer(Loop):
         changes; RuntimeError if an adapter got no gradient."""
         classic.refuse("step", left_out)
         clock, size = Clock(), self.config.batch_size
-        skip = self.sampler_is_exact and self.config.kl_penalty != "full"
-        rollout = self._collect(queries, responses, scores, size, self.total, clock, prompts, skip)
-        if rollout.weights is None:
+        if self._weights() is None:
             raise InputError(
                 "step: the adapters that this trainer trains are off, merged, or not the active ones; expected them in use"
             )
-        self.rollout = rollout
-        half = parts.told_if_half(self.parameters, rollout.weights, self.steps_done + 1)
+        trusts = self.sampler_is_exact and self.config.kl_penalty != "full"
+        self.rollout = self._collect("step", queries, responses, scores, size, prompts, None, self.total, clock, trusts)
+        half = parts.told_if_half(self.parameters, self.rollout.weights, self.steps_done + 1)
         with half, accumulating_alone(self.accelerator):
-            stats = self._learn(rollout, skip, clock)
+            stats = self._learn(self.rollout, trusts, clock)
         self.steps_done += 1
         scalars = {name: value for name, value in stats.items() if isinstance(value, (int, float))}
         self.history.append({"step": self.steps_done, **scalars})
@@ -72,12 +74,12 @@ class PPOTrainer(Loop):
             self.accelerator.log(scalars, step=self.steps_done)
         return stats
 
-    def _learn(self, rollout, skip, clock):
+    def _learn(self, rollout, trusts, clock):
         """The update and its stats, from a whole rollout."""
         config, updates = self.config, self._optimize(rollout)
         clock.lap("time/ppo/optimize_step")
         stats = step_stats(rollout, updates, self.kl_coef, self.total)
-        compared = (rollout.first_logprobs, rollout.first_rows) if skip else (rollout.logprobs,)
+        compared = (rollout.first_logprobs, rollout.first_rows) if trusts else (rollout.logprobs,)
         stats |= sampler_stats(rollout, self.accelerator, *compared)
         self.sampler_is_exact = stats["objective/sampler_max_diff"] == 0
         clock.lap("time/ppo/calc_stats")
@@ -95,33 +97,36 @@ class PPOTrainer(Loop):
         """The Rollout that `step` would learn from, without learning; for any number of responses (whole groups, if the trainer's
         `advantages` compare those; others can be given). Without scores, they are 0."""
         size = len(responses) if hasattr(responses, "__len__") else 0
-        return self._collect(queries, responses, torch.zeros(size) if scores is None else scores, size, how=advantages)
+        scores = torch.zeros(size) if scores is None else scores
+        return self._collect("inspect", queries, responses, scores, size, None, advantages, ppo.alone, Clock())
 
-    def _collect(self, queries, responses, scores, size, total=ppo.alone, clock=None, prompts=None, skip=False, how=None):
-        """The rollout: log-probs under policy and reference, values, rewards, advantages, returns. No gradients. `total`
-        makes the whitening that of all processes; with `skip`, what the sampler noted takes the place of the policy's pass."""
-        config, tokenizer = self.config, self.tokenizer
-        expected = f"{size}" if size != config.batch_size else f"PPOConfig.batch_size = {size}"
-        drawn, text = responses, self.model.config.get_text_config()
-        given = checked_batch("inspect" if clock is None else "step", queries, responses, scores, size, text, expected, prompts)
+    def _collect(self, call, queries, responses, scores, size, prompts, advantages, total, clock, trusts=False):
+        """The rollout of one `call`, step or inspect: log-probs under policy and reference, values, rewards, advantages, returns. No
+        gradients. `total` makes the whitening that of all processes; where it `trusts` the sampler, what that noted takes the
+        place of the policy's pass."""
+        config, tokenizer, text = self.config, self.tokenizer, self.model.config.get_text_config()
+        expected = f"PPOConfig.batch_size = {size}" if call == "step" else f"{size}, one for each response"
+        as_given, weights = responses, self._weights()
+        given = checked_batch(call, queries, responses, scores, size, text, expected, prompts)
         queries, responses, scores, prompts = given
-        clock, weights = clock or Clock(), self._weights()
-        notes = sampling.how_drawn(queries, drawn, config.temperature, weights)
+        notes = sampling.how_drawn(queries, as_given, config.temperature, weights)
         sampling.warn_of_slips(queries, responses, notes, self.eos_ids, tokenizer.pad_token_id)
-        ended = sampling.ended(drawn, self.eos_ids)
+        ended = sampling.ended(as_given, self.eos_ids)
         scores = clipped_scores(scores, ended, config)
         rollout = collate(queries, responses, scores, tokenizer.pad_token_id, self.device)
         rollout.ended, rollout.weights, rollout.texts = ended.to(self.device), weights, self.decode(responses)
         rollout.prompts = tokenizer.batch_decode(queries) if prompts is None else prompts
         rollout.sampler_logprobs, hidden = sampling.padded(notes, self.device)
-        skip = skip and everywhere(hidden is not None, self.model.pretrained_model)  # one pass more, or less, is for all
+        trusts = trusts and everywhere(hidden is not None, self.model.pretrained_model)  # one pass more, or less, is for all
         chunks = torch.arange(len(rollout), device=self.device).split(config.mini_batch_size)
-        scored = [self._score_tokens(rollout, rows, hidden if skip else None) for rows in chunks]
+        scored = [self._score_tokens(rollout, rows, hidden if trusts else None) for rows in chunks]
         rollout.logprobs, rollout.ref_logprobs, rollout.values, rollout.kl = (torch.cat(part) for part in zip(*scored))
         clock.lap("time/ppo/forward_pass")
         fill_rewards(rollout, self.kl_coef)
         clock.lap("time/ppo/compute_rewards")
-        rollout.advantages, rollout.returns = checked_advantages((how or self.advantages)(rollout, config, total), rollout)
+        rollout.advantages, rollout.returns = checked_advantages(
+            (advantages or self.advantages)(rollout, config, total), rollout
+        )
         rollout.new_logprobs = torch.full_like(rollout.logprobs, math.nan)
         clock.lap("time/ppo/compute_advantages")
         return rollout
@@ -185,7 +190,8 @@ class PPOTrainer(Loop):
                 updates.append(stats)
         self.model.require_gradients()
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)
-        if usable := usable and bool(torch.isfinite(norm)):
+        usable = usable and bool(torch.isfinite(norm))
+        if usable:
             self.optimizer.step()
         self.optimizer.zero_grad()
         updates[-1].update({"grad_norm": float(norm), "skipped": float(not usable)})

@@ -35,6 +35,7 @@ from rlhf_helpers.data import load_prompts, save_jsonl
 from rlhf_helpers.machine import device_and_dtype, has_fast_bf16, peak_megabytes
 from rlhf_helpers.models import encode_prompt, load_policy, resolve
 from rlhf_helpers.pairwise import ShowProgress
+from rlhf_helpers.parts import adam
 from rlhf_helpers.quirks import keep_gradients
 from rlhf_helpers.reward import RewardModel, base_samples, ensure_reward_model
 from rlhf_helpers.trainer import PPOTrainer
@@ -246,10 +247,6 @@ def ppo_trainer(policy, tokenizer, prompts, reward_fn, config, steps, folder, on
     keep_gradients(lm)
     # What `generate` falls back to where TRL says nothing: no penalties and no cuts from the checkpoint.
     lm.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
-    adapters = [p for p in lm.parameters() if p.requires_grad]
-    value_lr = config.value_learning_rate or config.learning_rate
-    optimizer = torch.optim.Adam([dict(params=adapters, lr=config.learning_rate),
-                                  dict(params=list(policy.v_head.parameters()), lr=value_lr)])  # fmt: skip
     with quiet():
         trainer = trl_part("PPOTrainer")(
             args=trl_arguments(config, steps, folder),
@@ -260,7 +257,7 @@ def ppo_trainer(policy, tokenizer, prompts, reward_fn, config, steps, folder, on
             train_dataset=[{"input_ids": encode_prompt(tokenizer, prompt, config.system).tolist()} for prompt in prompts],
             value_model=ValueOnPolicy(policy),
             data_collator=DataCollatorWithPadding(tokenizer),
-            optimizers=(optimizer, None),
+            optimizers=(adam(policy, config), None),
             callbacks=[History(on_step)],
         )
     trainer.remove_callback(PrinterCallback)  # a line of 17 numbers for every update

@@ -85,6 +85,16 @@ def test_the_trainer_learns_without_a_critic_and_leaves_the_value_head_alone():
     assert any(not torch.equal(a, b) for a, b in zip(before, trainer.parameters))
 
 
+def test_in_later_passes_the_value_loss_holds_the_head_unless_it_counts_nothing():
+    queries, responses, scores = tiny.batch()
+    for vf_coef, still in ((0.1, False), (0.0, True)):
+        trainer = tiny.trainer(num_generations=2, ppo_epochs=2, vf_coef=vf_coef)
+        trainer.advantages = advantages.leave_one_out
+        head = trainer.model.v_head.summary.weight.clone()
+        trainer.step([queries[i] for i in (0, 0, 1, 1)], responses, scores)
+        assert torch.equal(trainer.model.v_head.summary.weight, head) == still
+
+
 def test_the_responses_to_a_prompt_stand_together_and_prompts_are_met_as_often_as_each_other():
     trainer, rows = tiny.trainer(num_generations=2), []
     for trainer.steps_done in range(5):

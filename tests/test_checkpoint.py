@@ -564,11 +564,16 @@ def test_adapters_that_are_merged_are_not_written_over(tmp_path):
 def test_what_somebody_put_into_a_checkpoint_is_kept_by_the_next_save(tmp_path):
     trainer, folder = tiny.trainer(), tmp_path / "kept"
     trainer.save(folder)
-    (folder / "tokenizer").mkdir()
-    for name in ("notes.txt", "tokenizer/vocabulary.json"):
-        (folder / name).write_text(f"mine: {name}")
-    with pytest.warns(UserWarning, match=r"notes.txt: not of a save.*; moved to .*kept.others"):
-        trainer.save(folder)
-    assert (tmp_path / "kept.others" / "notes.txt").read_text() == "mine: notes.txt"
-    assert (tmp_path / "kept.others" / "tokenizer" / "vocabulary.json").read_text() == "mine: tokenizer/vocabulary.json"
+    names, others = (".git/HEAD", "notes.txt", "tokenizer/vocabulary.json"), tmp_path / "kept.others"
+    for time in "first", "second":
+        for name in names:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(f"{time}: {name}")
+        (folder / ".DS_Store").touch()
+        with pytest.warns(UserWarning, match=r"HEAD and 2 more: not of a save.*; moved to .*kept.others") as told:
+            trainer.save(folder)
+        assert len(told) == 1
+    for name in names:
+        assert (others / name).read_text() == f"first: {name}" and (others / f"{name}.1").read_text() == f"second: {name}"
+    assert len([path for path in others.rglob("*") if path.is_file()]) == 6
     tiny.trainer().resume(folder)

@@ -270,3 +270,12 @@ def test_a_pair_of_equal_answers_teaches_nothing_and_is_counted():
     pairs = [dict(prompt="a", chosen="b", rejected="b"), dict(prompt="a", chosen="b", rejected="c")]
     with pytest.warns(UserWarning, match="left out 1 of 2 pairs, the first at record 0: .*two equal ones"):
         assert load_preferences(pairs) == pairs[1:]
+
+
+def test_windows_line_ends_inside_a_text_become_unix_ones_in_every_format(write):
+    turn = lambda role, text: {"role": role, "content": text}
+    strings = {"prompt": "a\r\nb", "chosen": "c\r\nd", "rejected": "e\r\nf"}
+    lists = {"prompt": "a\r\nb", "chosen": [turn("assistant", "c\r\nd")], "rejected": [turn("assistant", "e\r\nf")]}
+    for record in strings, lists:
+        (pair,) = load_preferences(write(json.dumps(record).encode()))
+        assert pair == {"prompt": "a\nb", "chosen": "c\nd", "rejected": "e\nf"}

@@ -93,6 +93,12 @@ def test_what_is_missing_of_a_history_is_no_finding():
     assert examine([{"step": 1, "objective/kl": None, "ppo/mean_scores": 0.1}]) == []
 
 
+def test_a_small_ratio_hides_no_large_one():
+    rows = [{"step": step, "ppo/policy/ratio_mean": ratio} for step, ratio in enumerate((1.0, 2.5, 0.3, 1.0), 1)]
+    assert "reached 2.50" in doctor.ratio_extreme(doctor.Run(rows))
+    assert doctor.ratio_extreme(doctor.Run([rows[0], rows[2]])) is None
+
+
 def test_a_value_loss_that_starts_high_and_falls_is_no_spike():
     far = lambda prompts, responses: [x + 10 for x in even(prompts, responses)]
     history = run(far, steps=40, value_learning_rate=0.3, cliprange_value=100.0, batch_size=8, mini_batch_size=8)

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 
+from rlhf_helpers import advantages
 from rlhf_helpers.course import inspector
 from rlhf_helpers.errors import InputError
 from tests import tiny
@@ -70,6 +71,13 @@ def test_a_recorder_notes_the_same_prompts_with_the_same_random_numbers():
     trainer.train([f"t{i} t{i + 1}" for i in range(4, 20)], reward, steps=4, on_step=recorder)
     assert [frame["label"] for frame in recorder.frames] == ["before training", "after 2 steps", "after 4 steps"]
     assert [row["prompt"] for row in recorder.frames[-1]["rows"]] == prompts
+
+
+def test_a_recorder_asks_for_no_groups_of_answers():
+    trainer = tiny.trainer(num_generations=2)
+    trainer.advantages = advantages.leave_one_out
+    recorder = inspector.Recorder(trainer, ["t5 t6", "t7"], lambda prompts, texts: [1.0, 2.0])
+    assert len(recorder.frames[0]["rows"]) == 2
 
 
 def test_what_a_recorder_keeps_in_a_file_is_what_it_noted_so_far(tmp_path):

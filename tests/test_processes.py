@@ -1,6 +1,7 @@
 """Several processes, started by `accelerate launch` on the CPU (gloo), as a user starts them."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests import worker
+from tests import tiny, worker
 
 # Without --multi_gpu, `accelerate launch` starts a single process where it sees no second GPU; with it, on a CPU, as many as
 # asked. At port 0 it takes a free one.
@@ -31,7 +32,7 @@ def launch(processes, *arguments, status=0, **environment):
 def ran(tmp_path_factory):
     """(folder, output) of two processes that do all jobs of `tests.worker`, one after the other: starting takes longer than any."""
     folder = tmp_path_factory.mktemp("processes")
-    return folder, launch(2, "tests.worker", str(folder), "update", "resume", "shares", "unlucky", "left")
+    return folder, launch(2, "tests.worker", str(folder), "update", "baseline", "resume", "shares", "unlucky", "left")
 
 
 def test_two_processes_with_half_the_batch_each_make_the_update_of_one_with_the_whole(ran, tmp_path):
@@ -43,6 +44,16 @@ def test_two_processes_with_half_the_batch_each_make_the_update_of_one_with_the_
         torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=0)
     one, two = (torch.load(folder / "stats", weights_only=True) for folder in folders)
     assert two == pytest.approx(one, abs=1e-5, nan_ok=True)  # sampler_kl: the responses came from elsewhere
+
+
+def test_the_batch_s_mean_and_the_sampler_s_kl_are_those_of_all_processes(ran, tmp_path):
+    worker.baseline(tmp_path)
+    one, two = (load_file(folder / "baseline") for folder in (tmp_path, ran[0]))
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=0)
+    one, two = (json.loads((folder / "sampler_kl.json").read_text()) for folder in (tmp_path, ran[0]))
+    lengths = list(map(len, tiny.batch(4, seed=0)[1]))
+    assert one == pytest.approx(two, rel=1e-4) == pytest.approx(sum(lengths) / 4 * (math.exp(-0.1) - 1 + 0.1), rel=1e-3)
 
 
 def test_two_processes_resume_bitwise_each_with_its_own_random_state(ran):

@@ -122,9 +122,10 @@ def test_an_unknown_join_is_refused():
 def test_what_is_saved_scores_the_same_when_loaded(labels, tmp_path):
     rm = model(labels, join="newline")
     rm.standardise(PROMPTS, RESPONSES)
+    rm.batch_size = 3
     rm.save(tmp_path / "rm")
     loaded = RewardModel.load(tmp_path / "rm")
-    assert (loaded.join, loaded.mean, loaded.std) == ("newline", rm.mean, rm.std)
+    assert (loaded.join, loaded.mean, loaded.std, loaded.batch_size) == ("newline", rm.mean, rm.std, 3)
     torch.testing.assert_close(loaded(PROMPTS, RESPONSES), rm(PROMPTS, RESPONSES))
     assert [path.name for path in tmp_path.iterdir()] == ["rm"]
 

@@ -143,28 +143,32 @@ def test_a_response_ends_at_any_token_that_the_model_s_generation_config_names()
 
 QUERIES, RESPONSES, SCORES = batch()
 BAD = {
-    "too few queries": (QUERIES[:3], RESPONSES, SCORES),
-    "too many responses": (QUERIES, [*RESPONSES, RESPONSES[0]], SCORES),
-    "too few scores": (QUERIES, RESPONSES, SCORES[:3]),
-    "an empty response": (QUERIES, [*RESPONSES[:3], torch.tensor([], dtype=torch.long)], SCORES),
-    "an empty query": ([*QUERIES[:3], torch.tensor([], dtype=torch.long)], RESPONSES, SCORES),
-    "an id beyond the vocabulary": (QUERIES, [*RESPONSES[:3], torch.tensor([5, tiny.V])], SCORES),
-    "a negative id": ([*QUERIES[:3], torch.tensor([-1])], RESPONSES, SCORES),
-    "a float response": (QUERIES, [*RESPONSES[:3], torch.tensor([5.0])], SCORES),
-    "a 2-D response": (QUERIES, [*RESPONSES[:3], torch.tensor([[5]])], SCORES),
-    "a NaN score": (QUERIES, RESPONSES, [*SCORES[:3], math.nan]),
-    "an infinite score": (QUERIES, RESPONSES, [*SCORES[:3], torch.tensor(math.inf)]),
-    "two numbers a score": (QUERIES, RESPONSES, torch.zeros(4, 2)),
+    "step: 3 queries; expected PPOConfig.batch_size = 4": (QUERIES[:3], RESPONSES, SCORES),
+    "step: 5 responses; expected PPOConfig.batch_size = 4": (QUERIES, [*RESPONSES, RESPONSES[0]], SCORES),
+    "step: 3 scores; expected PPOConfig.batch_size = 4": (QUERIES, RESPONSES, SCORES[:3]),
+    "response 3 is empty; expected": (QUERIES, [*RESPONSES[:3], torch.tensor([], dtype=torch.long)], SCORES),
+    "query 3 is empty; expected": ([*QUERIES[:3], torch.tensor([], dtype=torch.long)], RESPONSES, SCORES),
+    f"response 3 has token id {tiny.V}; expected 0 to {tiny.V - 1}": (
+        QUERIES,
+        [*RESPONSES[:3], torch.tensor([5, tiny.V])],
+        SCORES,
+    ),
+    "query 3 has token id -1; expected 0": ([*QUERIES[:3], torch.tensor([-1])], RESPONSES, SCORES),
+    r"response 3 is \(1,\) torch.float32; expected": (QUERIES, [*RESPONSES[:3], torch.tensor([5.0])], SCORES),
+    r"response 3 is \(1, 1\) torch.int64; expected": (QUERIES, [*RESPONSES[:3], torch.tensor([[5]])], SCORES),
+    r"scores\[3\] is nan; expected a finite number": (QUERIES, RESPONSES, [*SCORES[:3], math.nan]),
+    r"scores\[3\] is inf; expected a finite number": (QUERIES, RESPONSES, [*SCORES[:3], torch.tensor(math.inf)]),
+    r"scores\[0\] is a score with 2 values; expected one number": (QUERIES, RESPONSES, torch.zeros(4, 2)),
 }
 
 
-@pytest.mark.parametrize("bad", BAD)
-def test_bad_input_raises_before_anything_changes(bad):
+@pytest.mark.parametrize("words", BAD)
+def test_bad_input_raises_before_anything_changes(words):
     trainer = tiny.trainer()
     trainer.step(*batch())
     before, random = state(trainer), trainer.generator.get_state()
-    with pytest.raises(ValueError, match="expected"):
-        trainer.step(*BAD[bad])
+    with pytest.raises(InputError, match=words):
+        trainer.step(*BAD[words])
     assert same(state(trainer), before) and torch.equal(trainer.generator.get_state(), random)
     assert len(trainer.history) == 1
 
@@ -929,3 +933,97 @@ def test_an_error_after_weights_have_moved_says_that_half_a_step_is_in_them(wher
     with pytest.raises(InputError) as error:
         trainer.step([], [], [])
     assert not hasattr(error.value, "__notes__")
+
+
+def test_inspect_takes_any_number_of_responses_and_as_many_queries():
+    trainer = tiny.trainer()
+    with pytest.raises(InputError, match="inspect: 3 queries; expected 4, one for each response"):
+        trainer.inspect(QUERIES[:3], RESPONSES)
+    assert len(trainer.inspect(QUERIES[:3], RESPONSES[:3])) == 3
+
+
+def test_merged_adapters_are_refused_and_stay_merged():
+    """PEFT takes them out of the weights for good when they are switched off, as they are to read the reference."""
+    trainer = tiny.trainer(with_lora(tiny.llama(), b_scale=0.3))
+    trainer.model.pretrained_model.merge_adapter()
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    for call in (
+        lambda: trainer.step(*batch()),
+        lambda: trainer.inspect(QUERIES, RESPONSES),
+        lambda: trainer.generate(QUERIES, reference=True),
+    ):
+        with pytest.raises(InputError, match="merged"):
+            call()
+        assert trainer.model.adapters_merged() and trainer.steps_done == 0
+    assert same(dict(trainer.model.named_parameters()), before)
+
+
+def test_a_signal_that_comes_while_processes_ask_each_other_counts():
+    trainer, asked = tiny.trainer(), []
+    largest = trainer._largest
+
+    def slow(number):
+        asked.append(number)
+        if len(asked) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return largest(number)
+
+    trainer._largest = slow
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train([f"t{i} t{i + 1}" for i in range(4, 24)], lambda prompts, texts: [1.0] * len(texts), steps=5)
+    assert trainer.steps_done == 3, "the next step's end hears of it"
+
+
+def test_an_update_that_breaks_off_leaves_nothing_of_its_gradient_to_the_next():
+    """In the middle of accumulation."""
+    half = dict(mini_batch_size=2, gradient_accumulation_steps=2)
+    ends = []
+    for breaks in (False, True):
+        trainer = tiny.trainer(**half)
+        trainer.permutation = lambda n: list(range(n))
+        if breaks:
+            minibatch, calls = trainer._minibatch, []
+
+            def broken(*args, minibatch=minibatch, calls=calls):
+                calls.append(1)
+                if len(calls) == 2:
+                    raise RuntimeError("out of memory")
+                return minibatch(*args)
+
+            trainer._minibatch = broken
+            with pytest.raises(RuntimeError, match="out of memory"):
+                trainer.step(*batch())
+            trainer._minibatch = minibatch
+        trainer.step(*batch())
+        ends.append(state(trainer))
+    assert same(*ends)
+
+
+def test_the_rate_in_the_stats_is_the_policy_s():
+    trainer = tiny.trainer(learning_rate=3e-3, value_learning_rate=7e-3)
+    assert trainer.step(*batch())["ppo/learning_rate"] == 3e-3
+
+
+def test_a_pass_over_many_prompts_is_shuffled_once(monkeypatch):
+    trainer, shuffle, calls = tiny.trainer(batch_size=32, mini_batch_size=32), torch.randperm, []
+    monkeypatch.setattr(torch, "randperm", lambda *args, **options: calls.append(args) or shuffle(*args, **options))
+    trainer.steps_done = 6
+    assert len(trainer.next_rows(200)) == 32 and len(calls) == 2, "places 192 to 223: the end of one pass, and another"
+
+
+def test_adapters_of_another_kind_must_get_gradients_too():
+    from peft import IA3Config, get_peft_model
+
+    lm = get_peft_model(tiny.llama(), IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"]))
+    lm.base_model.model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda module, inputs, output: output.detach())
+    with pytest.raises(RuntimeError, match="ia3.* got no gradient"):
+        tiny.trainer(lm).step(*batch())
+
+
+@pytest.mark.parametrize("ends, words", [((), "names an EOS; expected eos_token_id"), ([1.5], "expected one token id")])
+def test_what_ends_no_response_is_named(ends, words):
+    with pytest.raises(InputError, match=words):
+        tiny.trainer().generate(QUERIES, eos_token_id=ends)
+    import numpy as np
+
+    assert tiny.trainer().generate(QUERIES, eos_token_id=np.int64(EOS))

@@ -22,6 +22,11 @@ def rollout_with_logprobs():
     return rollout
 
 
+def test_a_reward_of_no_known_name_is_refused():
+    with pytest.raises(ValueError, match="no reward is called 'warm-words'"):
+        variants.reward_named("warm-words", 0)
+
+
 def test_unwhitened_is_gae_before_it_is_whitened():
     rollout = rollout_with_logprobs()
     raw, returns = variants.unwhitened(rollout, CONFIG)

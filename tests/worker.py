@@ -11,8 +11,11 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import save_file
 
+from rlhf_helpers.advantages import batch_mean
 from rlhf_helpers.evaluation import evaluate
 from rlhf_helpers.quirks import leave_processes
+from rlhf_helpers.rollout import gae_advantages
+from rlhf_helpers.sampling import Drawn
 from tests import tiny
 
 ORDERS = {4: [0, 2, 1, 3], 2: [0, 1]}  # of the rows: either way the first minibatch is made of rows 0 and 2
@@ -84,6 +87,22 @@ def shares(folder):
     (folder / f"{rank}.json").write_text(json.dumps(about))
 
 
+def baseline(folder):
+    """As `update`, without a critic: the batch's mean is that of all processes. And what responses were noted to be likelier than
+    they are, by 0.1 nats a token, makes of the sampler's KL."""
+    trainer = stepped(steps=0)
+    trainer.advantages = batch_mean
+    queries, responses, scores = (my_share(trainer, part) for part in tiny.batch(4, seed=0))
+    for query, response in zip(queries, responses):
+        rollout = trainer.inspect([query], [response], advantages=gae_advantages)
+        digest = trainer._weights()
+        response.drawn = Drawn(query, response.clone(), rollout.logprobs[0] + 0.1, torch.zeros(len(response), 1), 1.0, digest)
+    stats = trainer.step(queries, responses, scores)
+    if trainer.accelerator.is_main_process:
+        save_file({name: p.detach().clone() for name, p in tiny.adapters(trainer, "lora_").items()}, folder / "baseline")
+        (folder / "sampler_kl.json").write_text(json.dumps(stats["objective/sampler_kl"]))
+
+
 def unlucky(folder):
     """One process gets scores beyond all bounds: both leave the update out, and both have the same weights."""
     trainer = tiny.trainer(batch_size=2, mini_batch_size=2)
@@ -127,4 +146,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     folder, *jobs = sys.argv[1:]
     for job in jobs:
-        {job.__name__: job for job in (update, resume, shares, unlucky, left, destroyed)}[job](Path(folder))
+        {job.__name__: job for job in (update, baseline, resume, shares, unlucky, left, destroyed)}[job](Path(folder))

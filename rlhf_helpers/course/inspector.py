@@ -14,6 +14,7 @@ import torch
 from rlhf_helpers.errors import InputError
 from rlhf_helpers.files import read_json, write_text
 from rlhf_helpers.models import response_logits
+from rlhf_helpers.rollout import gae_advantages
 
 SIGNALS = {  # key: (name on the page, what it is)
     "logprob": ("log-prob", "log-probability under the policy that wrote it, nats"),
@@ -116,7 +117,8 @@ class Recorder:
 
     def note(self, trainer):
         responses = trainer.generate(self.queries, generator=torch.Generator().manual_seed(self.seed))
-        rollout = trainer.inspect(self.queries, responses, self.reward_fn(self.prompts, trainer.decode(responses)))
+        scores = self.reward_fn(self.prompts, trainer.decode(responses))
+        rollout = trainer.inspect(self.queries, responses, scores, gae_advantages)  # others may want groups
         rollout.prompts = self.prompts
         label = f"after {trainer.steps_done} steps" if trainer.steps_done else "before training"
         likeliest = likeliest_tokens(trainer, rollout) if self.likeliest else None

@@ -9,7 +9,8 @@ from rlhf_helpers import advantages, fast, ppo
 from rlhf_helpers.config import DATA_FILE, project_root
 from rlhf_helpers.course import capstone, gold
 from rlhf_helpers.data import load_preferences
-from rlhf_helpers.files import find_whole
+from rlhf_helpers.errors import InputError
+from rlhf_helpers.files import find_whole, shown
 from rlhf_helpers.reward import RewardModel, base_samples, ensure_reward_model, train_reward_model
 from rlhf_helpers.rollout import gae_advantages
 
@@ -208,4 +209,6 @@ def reward_named(name, seed):
         return resampled(seed)
     if name.startswith("ensemble_"):
         return ensemble(name.removeprefix("ensemble_"))
-    return ensure_reward_model()
+    if name == "model":
+        return ensure_reward_model()
+    raise InputError(f"no reward is called {shown(name)}; expected one of those that `reward_named` lists")
