@@ -15,7 +15,7 @@ import rlhf_helpers
 from rlhf_helpers.config import PPO_FIELDS, PROFILES, course_file, profile_named, project_root
 from rlhf_helpers.data import load_prompts, save_jsonl
 from rlhf_helpers.errors import InputError
-from rlhf_helpers.files import is_no_place, shown
+from rlhf_helpers.files import check_own, is_full, is_no_place, shown
 from rlhf_helpers.interrupts import Interrupted, finishing, terminable
 
 EPILOG = """\
@@ -126,7 +126,8 @@ def main(arguments=None):
                 status = check()
             else:
                 status = run(options)
-            sys.stdout.flush()
+            if sys.stdout:  # None where it was closed
+                sys.stdout.flush()
             return status
     except InputError as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
@@ -140,6 +141,10 @@ def main(arguments=None):
         is_read(sys.stderr, "stopped: nobody reads this output any more; what was saved stays, and the same command goes on")
         return 128 + 13
     except OSError as error:
+        if is_full(error) and error.filename is None:  # of what is printed; files say more (`files.NotWritten`)
+            leads_nowhere(sys.stdout)
+            print(f"error: output: {error.strerror}; what was saved stays, and the same command goes on", file=sys.stderr)
+            return 2
         if not is_no_place(error):
             raise
         print(f"error: {shown(error.filename)}: {error.strerror}; expected a place to read or write", file=sys.stderr)
@@ -147,14 +152,18 @@ def main(arguments=None):
 
 
 def is_read(stream, text):
-    """Says a text, unless the reader of a pipe is gone, as after `... | head -1`: then the stream leads nowhere from now on, since
-    Python flushes it once more at its end."""
+    """Says a text, unless the reader of a pipe is gone, as after `... | head -1`: then the stream leads nowhere."""
     try:
         print(text, file=stream, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        leads_nowhere(stream)
         return False
     return True
+
+
+def leads_nowhere(stream):
+    """From now on; Python flushes it once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @dataclasses.dataclass
@@ -202,7 +211,10 @@ def checked(options):
         raise InputError(f"--output is {options.output!r}; expected a folder")
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {output}: is a file; expected a folder")
+    check_own(output / "checkpoint", "trainer.json")
     reward_folder = given("reward_model", lambda: project_root() / profile.reward_model)
+    if output.resolve() == Path(reward_folder).resolve():
+        raise InputError(f"--output {output}: is the reward model's folder; expected one of its own")
     how = (options.save_every, output, options.fresh, options.resume, reward_folder, started, options.shard)
     return Job(profile, config, prompts, prompts_file, heldout, heldout_file, steps, *how)
 

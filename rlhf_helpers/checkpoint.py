@@ -66,6 +66,12 @@ def save_checkpoint(trainer, folder, extra=None):
         raise InputError(
             f"save: extra has something that JSON cannot keep ({error}); expected text, numbers, lists and dicts"
         ) from None
+    for moments in trainer.optimizer.state_dict()["state"].values():
+        if moments and moments.keys() != set(ADAM):
+            raise InputError(
+                f"{folder}: not saved: the optimizer keeps {', '.join(moments)}; expected Adam's {', '.join(ADAM)}, which a checkpoint "
+                "can hold"
+            )
     state = state_of(trainer)
     moments = {f"Adam's {key} of {name}": of[key] for name, of in state.adam.items() for key in ADAM}
     for name, tensor in [*state.parameters.items(), *moments.items()]:
@@ -195,7 +201,7 @@ def _check_adapters(folder, lm):
     there = read_json(place / "adapter_config.json") if here else {}
     if not isinstance(there, dict):
         raise InputError(f"{place / 'adapter_config.json'}: a {type(there).__name__}; expected an object")
-    for name in ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora"):
+    for name in ("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"):
         if name in there and there[name] != getattr(here, name, None):
             raise InputError(
                 f"{folder}: adapters with {name} {shown(there[name])}, the model's have {shown(getattr(here, name, None))}; "

@@ -41,7 +41,8 @@ TRAINER = {
     "highest_reward": STATS,
     "compare_step": STATS,
     "log_stats": "PPOConfig.log_with logs every step; " + STATS,
-    "save_pretrained": "save(folder) keeps the adapters, as PEFT loads them, the value head, Adam and the history",
+    "save_pretrained": "save(folder) keeps the adapters, as PEFT loads them, the value head, Adam and the history (a whole model: "
+    "trainer.model.pretrained_model.save_pretrained)",
     "push_to_hub": HUB,
     "push_to_hub_kwargs": HUB,
     "create_model_card": HUB,
@@ -51,7 +52,8 @@ GENERATE = {
     "generate_ref_response": "another call with reference=True samples from the reference",
 }
 MODEL_NAMES = {  # of its models with a value head
-    "save_pretrained": "PPOTrainer.save keeps the adapters, as PEFT loads them, and the value head",
+    "save_pretrained": "PPOTrainer.save keeps the adapters, as PEFT loads them, and the value head (a whole model: "
+    "policy.pretrained_model.save_pretrained)",
     "push_to_hub": "it is pretrained_model's: policy.pretrained_model.push_to_hub",
     "generate": "PPOTrainer.generate samples (transformers' own is policy.pretrained_model.generate)",
     "gradient_checkpointing_enable": "it is enable_gradient_checkpointing",

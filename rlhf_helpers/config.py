@@ -124,7 +124,7 @@ class PPOConfig:
             need(name, lambda value: value is None or (number(value) and value > 0), "None or a number above 0")
         for name in ("adap_kl_ctrl", "whiten_rewards", "early_stopping"):
             need(name, lambda value: type(value) is bool, "True or False")
-        budget = lambda value: value is None or value == math.inf or (number(value) and value > 0)
+        budget = lambda value: value is None or (number(value) and value > 0) or (type(value) is float and value == math.inf)
         need("kl_budget", budget, "None, inf or a number above 0")
         text = lambda value: value is None or (type(value) is str and value.strip() and is_whole_unicode(value))
         kinds = ("kl", "abs", "mse", "full")

@@ -227,6 +227,11 @@ def is_no_place(error):
     return error.errno in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP) and error.filename is not None
 
 
+def is_full(error):
+    """Whether an OSError says that there is no room any more."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def shown(value):
     """A value in an error message: its beginning, on one line."""
     short = reprlib.Repr()

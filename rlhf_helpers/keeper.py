@@ -96,7 +96,7 @@ def at_once(trainer, most=40):
 
 def standardise_on_base(trainer, reward, prompts, count=64, batch_size=32):
     """Measure the reward model's mean and deviation on `count` samples of the base policy on training prompts."""
-    prompts, queries = trainer.encode((prompts * count)[:count])
+    prompts, queries = ((part * count)[:count] for part in trainer.encode(prompts))
     generator, responses = torch.Generator().manual_seed(0), []
     with progress.bar(len(queries), "standardising the reward", "samples", trainer.accelerator.is_main_process) as done:
         for start in range(0, len(queries), batch_size):

@@ -30,6 +30,7 @@ class Loop:
         The policy's own distribution at the config's temperature is sampled, whole: an option that would change it (top_k,
         top_p, penalties, another temperature) raises InputError. `reference=True` samples from the reference. What is returned carries
         how it was drawn, its `eos_token_id` too; with `return_prompt`, or cut out of a tensor, it does not."""
+        parts.check_still_trained("generate", self.model, self.optimizer, only_there=True)
         kwargs = dict(eos_token_id=self.eos_ids, pad_token_id=self.tokenizer.pad_token_id) | kwargs
         text, asked = self.model.config.get_text_config(), (max_new_tokens, batch_size, temperature, greedy)
         queries, batches, asked, greedy = checked_call(queries, self.config, text, *asked, **kwargs)
@@ -132,6 +133,7 @@ class Loop:
     def save(self, folder, extra=None):
         """Keep everything in one folder: the adapters (plain PEFT loads them), the value head (where TRL looks for it), Adam,
         KL coefficient, random states, history. The folder appears whole or not at all. `extra`: what else JSON can hold."""
+        parts.check_still_trained("save", self.model, self.optimizer, only_there=True)
         save_checkpoint(self, folder, extra)
         self.accelerator.wait_for_everyone()
 

@@ -186,7 +186,12 @@ def load_policy(profile, seed=0, quantize=True, dtype=None, sharded=False):
         several_processes()
     give_back_large_blocks()
     tokenizer = load_tokenizer(profile.model)
-    policy = with_adapters(load_causal_lm(profile.model, quantize, dtype, sharded), profile, seed)
+    lm = load_causal_lm(profile.model, quantize, dtype, sharded)
+    try:
+        policy = with_adapters(lm, profile, seed)
+    except ValueError as error:  # a family for which PEFT knows no layers
+        expected = f"expected layers named {', '.join(profile.lora_targets)}"
+        raise InputError(f"{profile.model}: {type(lm).__name__} gets no adapters ({reason(error)}); {expected}") from error
     if sharded:
         shard(policy)
     give_back_the_rest()
@@ -292,8 +297,8 @@ class PolicyWithValueHead(nn.Module):
             )
         keep_gradients(causal_lm)
         self.pretrained_model = causal_lm
-        size = causal_lm.config.get_text_config().hidden_size
-        self.v_head = ValueHead(getattr(head, "in_features", size))  # what is hooked, where a model narrows it (OPT-350m)
+        # What is hooked, where a model narrows it (OPT-350m); a wrapper of PEFT's may turn `in_features` round.
+        self.v_head = ValueHead(head.weight.shape[-1] if head.weight.is_floating_point() else head.in_features)
         self.v_head.to(head.weight.device)
 
     def __getattr__(self, name):

@@ -7,6 +7,7 @@ import warnings
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
@@ -16,7 +17,7 @@ from rlhf_helpers.data import checked_list
 from rlhf_helpers.errors import InputError
 from rlhf_helpers.files import is_whole_unicode, shown
 from rlhf_helpers.machine import device_and_dtype
-from rlhf_helpers.models import PolicyWithValueHead, encode_prompt, is_4bit
+from rlhf_helpers.models import PolicyWithValueHead, encode_prompt, eos_ids, is_4bit, response_logits
 from rlhf_helpers.quirks import give_back_large_blocks, keep_gradients
 from rlhf_helpers.sampling import check_whole, digest, learnt_positions
 from rlhf_helpers.shard import refuse_accelerate_engines
@@ -36,19 +37,38 @@ def check_parts(config, model, ref_model, tokenizer, advantages=None):
             raise InputError(
                 f"{name} has an encoder and a decoder ({found}); expected a decoder alone, a causal language model"
             )
-    if tokenizer is not None and not hasattr(tokenizer, "pad_token_id"):
-        raise InputError(f"tokenizer is {shown(tokenizer)}; expected a tokenizer (models.load_tokenizer gives one)")
     if advantages is not None and not callable(advantages):
         of_trl = not isinstance(advantages, str) and hasattr(advantages, "__len__")  # the fifth of its arguments in a row
         instead = f" (if this is TRL's dataset: {PROMPTS})" if of_trl else ""
         raise InputError(f"advantages is {shown(advantages)}; expected a function, such as advantages.leave_one_out{instead}")
+    check_tokenizer(tokenizer, model)
+    check_policy(model)
+    if ref_model is None:
+        check_stays_as_reference(model)
+    else:
+        check_reference(config, model, ref_model)
+    warn_of_positions(model, tokenizer.pad_token_id)
+
+
+def check_tokenizer(tokenizer, model):
+    """Raises InputError for a tokenizer whose pad, or whose ends of a text, the model does not have."""
+    if tokenizer is not None and not hasattr(tokenizer, "pad_token_id"):
+        raise InputError(f"tokenizer is {shown(tokenizer)}; expected a tokenizer (models.load_tokenizer gives one)")
     if tokenizer is None or tokenizer.pad_token_id is None:
         raise InputError("tokenizer: expected one with a pad token (models.load_tokenizer gives one)")
-    vocabulary = model.config.get_text_config().vocab_size
-    if tokenizer.pad_token_id >= vocabulary:
+    last, ends = model.config.get_text_config().vocab_size - 1, eos_ids(model.pretrained_model, tokenizer)
+    if tokenizer.pad_token_id > last:
         raise InputError(
-            f"tokenizer: its pad token has id {tokenizer.pad_token_id}; expected 0 to {vocabulary - 1}, an id that the model has"
+            f"tokenizer: its pad token has id {tokenizer.pad_token_id}; expected 0 to {last}, an id that the model has"
         )
+    if ends and min(ends) > last:
+        raise InputError(
+            f"tokenizer: its EOS has id {min(ends)}, and no response would ever end; expected 0 to {last}, an id that the model has"
+        )
+
+
+def check_policy(model):
+    """Raises InputError for a policy that could not learn."""
     if getattr(getattr(model.pretrained_model, "active_peft_config", None), "is_prompt_learning", False):
         raise InputError(
             "the policy has virtual tokens in front of its prompts; expected adapters inside its layers, e.g. LoRA"
@@ -64,14 +84,17 @@ def check_parts(config, model, ref_model, tokenizer, advantages=None):
                 f"parameter {name} is {str(parameter.dtype)[6:]} and would learn: an update far smaller than a weight is lost in its "
                 "rounding; expected fp32 (model.float()), or a frozen model with LoRA adapters"
             )
-    learns = {id(p) for p in model.pretrained_model.parameters() if p.requires_grad}
-    if not learns:
+    if not any(p.requires_grad for p in model.pretrained_model.parameters()):
         raise InputError(
             "no weight of the policy would learn: all are frozen; expected adapters with gradients (PeftModel.from_pretrained "
             "needs is_trainable=True)"
         )
-    if ref_model is None:
-        return check_stays_as_reference(model)
+
+
+def check_reference(config, model, ref_model):
+    """Raises InputError for a reference that would move with the policy, or cannot read what that writes."""
+    learns = {id(p) for p in model.pretrained_model.parameters() if p.requires_grad}
+    vocabulary = model.config.get_text_config().vocab_size
     if bare(ref_model) is model.pretrained_model or learns & {id(p) for p in bare(ref_model).parameters()}:
         raise InputError(
             "ref_model is the policy itself, or shares weights with it that learn (PEFT puts adapters into the model that it is "
@@ -90,17 +113,18 @@ def check_parts(config, model, ref_model, tokenizer, advantages=None):
 
 
 def check_stays_as_reference(model):
-    """Raises InputError for a policy with adapters that is another model with its adapters off than it was without them, or will be:
-    then it cannot be its own reference."""
+    """Raises InputError for a policy that cannot be its own reference: with its adapters off it is not the base model, or will not
+    stay it."""
     if not model.has_adapters:
         return
     lm = model.pretrained_model
-    begun = str(getattr(lm.active_peft_config, "init_lora_weights", ""))
-    if begun.startswith(("pissa", "olora", "corda", "loftq")):
-        raise InputError(
-            f"init_lora_weights={begun!r} rewrites the weights under the adapters, so with the adapters off it is not the model "
-            "that it was made of; expected another beginning, or a ref_model"
-        )
+    for name in lm.active_adapters:
+        begun = str(getattr(lm.peft_config[name], "init_lora_weights", ""))
+        if begun.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+            raise InputError(
+                f"init_lora_weights={begun!r} rewrites the weights under the adapters, so with the adapters off it is not the "
+                "model that it was made of; expected another beginning, or a ref_model"
+            )
     own = (getattr(lm.base_model, "prefix", "lora_"), "modules_to_save", "trainable_tokens")
     for name, parameter in lm.named_parameters():
         if parameter.requires_grad and not any(part in name for part in own):
@@ -108,6 +132,39 @@ def check_stays_as_reference(model):
                 f"{name} would learn and is no adapter: with the adapters off the reference would move with it; expected it "
                 "frozen (in LoRA: bias='none'), or a ref_model"
             )
+
+
+@torch.no_grad()
+def warn_of_positions(model, pad_id):
+    """Warns of a model that reads a row padded on the left otherwise than the row alone: some families count positions in a way of
+    their own (RoBERTa's begin behind the pad's id, BART's decoder counts pads)."""
+    lm, last = model.pretrained_model, model.config.get_text_config().vocab_size - 1
+    device = lm.get_input_embeddings().weight.device
+    ids = torch.tensor([[id for id in range(last, last - 7, -1) if id != pad_id][:6]], device=device).clamp(min=0)
+    padded, mask = F.pad(ids, (3, 0), value=pad_id), F.pad(torch.ones_like(ids), (3, 0))
+    with model.without_dropout():
+        alone, ours = lm(input_ids=ids).logits[:, -2], response_logits(lm, padded, mask, 1)[:, 0]
+    apart = (alone.float().log_softmax(-1).max() - ours.float().log_softmax(-1)[0, alone[0].argmax()]).abs().item()
+    if apart > (0.01 if ours.dtype == torch.float32 else 0.5):  # in half precision rounding alone makes some of it
+        warnings.warn(
+            f"{type(bare(model)).__name__} reads a prompt behind pads otherwise than the prompt alone: the likeliest next token is "
+            f"{apart:.2f} nats apart; expected a model that takes position_ids from 0, such as Llama, Mistral, Qwen or GPT-2",
+            stacklevel=4,
+        )
+
+
+def check_still_trained(call, model, optimizer, only_there=False):
+    """Raises InputError where the optimizer's parameters are not those of the model that learn any more: adapters that were loaded,
+    unloaded or frozen since would never train. `only_there`: those of the optimizer need only be in the model."""
+    here = {id(p): p.requires_grad for p in model.parameters()}
+    ours = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    all_there, learns = ours <= here.keys(), {key for key, asked in here.items() if asked}
+    policy_learns = any(p.requires_grad for p in model.pretrained_model.parameters())
+    if not (all_there and (only_there or (learns <= ours and policy_learns))):
+        raise InputError(
+            f"{call}: what learns of the model is not what the trainer's optimizer has (adapters loaded, unloaded or frozen since it "
+            "was made?); expected a new PPOTrainer after such a change"
+        )
 
 
 def check_loop(steps, reward_fn, on_step):

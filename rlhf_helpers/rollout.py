@@ -1,5 +1,6 @@
 """`Rollout`: every tensor of one PPO step, named and shaped once, and how it is made."""
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ from rlhf_helpers import ppo
 from rlhf_helpers.data import checked_list
 from rlhf_helpers.errors import InputError
 from rlhf_helpers.files import shown
-from rlhf_helpers.sampling import check_room, check_whole, checked_options, pad_left
+from rlhf_helpers.sampling import check_room, check_whole, checked_options, pad_left, warn_of_padded
 
 
 @dataclass
@@ -80,12 +81,19 @@ def clipped_scores(scores, ended, config):
 
 
 def checked_advantages(made, rollout):
-    """What a function of advantages made, (advantages, returns). Raises InputError unless both are (B, T)."""
-    shape = tuple(rollout.mask.shape)
-    fits = lambda part: isinstance(part, torch.Tensor) and tuple(part.shape) == shape
+    """What a function of advantages made, (advantages, returns). Raises InputError unless both are (B, T) of floats; warns of NaN
+    made of finite numbers, whose update will be left out."""
+    shape, mask = tuple(rollout.mask.shape), rollout.mask
+    fits = lambda part: isinstance(part, torch.Tensor) and tuple(part.shape) == shape and part.is_floating_point()
     if not (isinstance(made, (tuple, list)) and len(made) == 2 and all(map(fits, made))):
         raise InputError(
-            f"the trainer's function of advantages gave {shown(made)}; expected two tensors {shape}, advantages and returns"
+            f"the trainer's function of advantages gave {shown(made)}; expected two float tensors {shape}, advantages and returns"
+        )
+    finite = lambda *parts: all(part[mask].isfinite().all() for part in parts)
+    if finite(rollout.rewards, rollout.values) and not finite(*made):
+        warnings.warn(
+            "the advantages have numbers that are not finite, of rewards and values that are: updates will be left out",
+            stacklevel=4,
         )
     return made
 
@@ -135,6 +143,7 @@ def checked_call(queries, config, text, max_new_tokens, batch_size, temperature,
     them: length, EOS ids, pad id, temperature; greedy). Raises InputError for what cannot be meant."""
     temperature, greedy, eos, pad_id = checked_options(text.vocab_size, config.temperature, temperature, greedy, **options)
     queries = checked_ids("query", queries, text.vocab_size)
+    warn_of_padded(queries, pad_id)
     size = len(queries) if batch_size is None else batch_size
     length = config.max_new_tokens if max_new_tokens is None else max_new_tokens
     check_whole("generate", 1, batch_size=size, max_new_tokens=length)

@@ -179,7 +179,9 @@ def ended(responses, eos_ids):
 
 def warn_of_slips(queries, responses, notes, eos_ids, pad_id):
     """Warns of responses that `generate` has not cut (`notes` has None for them) and that look like somebody's slip: pads behind their
-    EOS, which count as tokens, and the score falls on the last of them; or the query in front."""
+    EOS, which count as tokens, and the score falls on the last of them; or the query in front. And of queries that do (`warn_of_padded`)."""
+    if None in notes:  # else `generate` has looked at the queries
+        warn_of_padded(queries, pad_id)
     for row, (ids, note) in enumerate(zip(responses, notes)):
         ends = torch.isin(ids, torch.tensor(list(eos_ids), dtype=torch.long)).nonzero().flatten().tolist()
         tail = ids[ends[0] + 1 :] if note is None and ends else ids[:0]
@@ -188,6 +190,17 @@ def warn_of_slips(queries, responses, notes, eos_ids, pad_id):
             return warnings.warn(said, stacklevel=4)
     if all(len(query) > 1 and torch.equal(ids[: len(query)], query) for query, ids in zip(queries, responses)):
         warnings.warn("every response begins with its query, which is learnt, too; expected it cut off", stacklevel=4)
+
+
+def warn_of_padded(queries, pad_id):
+    """Warns of queries that look like the rows of a padded tensor, all equally long, some with pads at an end: they would be read as text.
+    (One such token in every row may be a BOS or an EOS.)"""
+    for outside in (lambda ids: ids != pad_id, lambda ids: ids.flip(0) != pad_id):
+        pads = [int(outside(ids).int().cumsum(0).eq(0).sum()) for ids in queries]
+        if len({len(ids) for ids in queries}) == 1 < len(queries) and max(pads) > min(1, min(pads)):
+            row, most = pads.index(max(pads)), max(pads)
+            said = f"query {row} has {most} pads at an end, which are read as text; expected the rows of a padded tensor without them"
+            return warnings.warn(said, stacklevel=4)
 
 
 def padded(notes, device):

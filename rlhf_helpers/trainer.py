@@ -62,6 +62,9 @@ class PPOTrainer(Loop):
             raise InputError(
                 "step: the adapters that this trainer trains are off, merged, or not the active ones; expected them in use"
             )
+        parts.check_still_trained("step", self.model, self.optimizer)
+        if not torch.is_grad_enabled():
+            raise InputError("step: gradients are switched off here, as inside torch.no_grad; expected them on")
         trusts = self.sampler_is_exact and self.config.kl_penalty != "full"
         self.rollout = self._collect("step", queries, responses, scores, size, prompts, None, self.total, clock, trusts)
         half = parts.told_if_half(self.parameters, self.rollout.weights, self.steps_done + 1)

@@ -288,7 +288,7 @@ def test_advantages_of_another_shape_are_named(made):
     trainer = tiny.trainer(with_lora(llama()))
     trainer.advantages = lambda rollout, config, total: made
     with pytest.raises(
-        InputError, match=r"function of advantages gave .*; expected two tensors \(4, 8\), advantages and returns"
+        InputError, match=r"function of advantages gave .*; expected two float tensors \(4, 8\), advantages and returns"
     ):
         trainer.step(*tiny.batch())
     assert trainer.steps_done == 0

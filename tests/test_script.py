@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 import zipfile
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import rlhf_helpers
-from rlhf_helpers import assets, machine
+from rlhf_helpers import assets, keeper, machine
 from rlhf_helpers.__main__ import main, parser
 from rlhf_helpers.assets import Asset
 from rlhf_helpers.config import PPO_FIELDS
@@ -723,3 +724,47 @@ def test_a_card_without_native_bf16_is_told_so_once(dtype, said, home, llama_fol
     monkeypatch.setattr(machine, "device_and_dtype", lambda: (torch.device("cpu"), dtype))
     assert exit_status(["--prepare", "--model", llama_folder, "--reward-model", reward_folders[1]]) == 0
     assert capsys.readouterr().out.count("no native bf16") == said
+
+
+def test_a_folder_of_other_things_is_refused_before_anything_is_made(home, start, capsys):
+    (home / "run" / "checkpoint").mkdir(parents=True)
+    (home / "run" / "checkpoint" / "mine.txt").write_text("mine")
+    for fresh in ([], ["--fresh"]):
+        assert exit_status(start(*fresh, steps=1)) == 2
+        said = capsys.readouterr()
+        assert "holds other things and no trainer.json" in said.err and "--fresh" not in said.err and "loading" not in said.out
+
+
+def test_a_run_does_not_write_into_its_reward_model(home, start, capsys):
+    arguments = start(steps=1)
+    folder = arguments[arguments.index("--reward-model") + 1]
+    arguments[arguments.index("--output") + 1] = folder
+    assert exit_status(arguments) == 2 and "is the reward model's folder; expected one of its own" in capsys.readouterr().err
+
+
+def test_long_prompts_at_the_front_leave_the_others_to_standardise_on():
+    trainer = tiny.trainer(tiny.gpt2(n_positions=32))
+    seen = types.SimpleNamespace(standardise=lambda prompts, texts: seen.prompts.append(prompts), prompts=[], mean=0.0, std=1.0)
+    long, short = [" ".join(["t5"] * 40)] * 70, ["t6 t7", "t8"]
+    with pytest.warns(UserWarning, match="skipped 70 of 72 prompts"):
+        keeper.standardise_on_base(trainer, seen, long + short, count=6)
+    assert seen.prompts == [short * 3]
+
+
+def test_a_full_disk_behind_the_output_is_one_sentence(home, start, monkeypatch, capsys):
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("rlhf_helpers.__main__.run", full)
+    monkeypatch.setattr("rlhf_helpers.__main__.leads_nowhere", lambda stream: None)
+    assert exit_status(start(steps=1)) == 2
+    assert (
+        capsys.readouterr().err
+        == "error: output: No space left on device; what was saved stays, and the same command goes on\n"
+    )
+
+
+def test_an_output_that_was_closed_is_no_error(home, start, monkeypatch):
+    monkeypatch.setattr("rlhf_helpers.__main__.run", lambda options: 0)
+    monkeypatch.setattr(sys, "stdout", None)
+    assert exit_status(start(steps=1)) == 0
