@@ -181,7 +181,7 @@ def trl(epochs, updates, options):
         trainer.optimizer.step = clock.wrap("optimizer", trainer.optimizer.step)
         trainer.train()
         clock.end()
-    return clock, trainer.model.policy, 2 + 2 * epochs
+    return clock, trainer.model.policy, 2 + (4 if options.trl_critic == "lora" else 3) * epochs  # the critic is a second body
 
 
 def peak_mb():
