@@ -141,9 +141,15 @@ def main(arguments=None):
         is_read(sys.stderr, "stopped: nobody reads this output any more; what was saved stays, and the same command goes on")
         return 128 + 13
     except OSError as error:
-        if is_full(error) and error.filename is None:  # of what is printed; files say more (`files.NotWritten`)
-            leads_nowhere(sys.stdout)
-            print(f"error: output: {error.strerror}; what was saved stays, and the same command goes on", file=sys.stderr)
+        if is_full(error) and error.filename is None:  # of what is printed, most likely; files say more (`files.NotWritten`)
+            said = (
+                f"error: what is printed, or another file: {error.strerror}; what was saved stays, and the same command goes on"
+            )
+            try:
+                sys.stdout.flush()
+            except OSError:
+                leads_nowhere(sys.stdout)
+            print(said, file=sys.stderr)
             return 2
         if not is_no_place(error):
             raise

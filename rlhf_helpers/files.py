@@ -182,19 +182,31 @@ def _keep_others(place):
     except InputError:  # without one nobody can tell
         return
     others, moved = place.with_name(f"{place.name}.others"), []
-    for path in [path for path in sorted(place.rglob("*")) if path.is_symlink() or not path.is_dir()]:
-        name = path.relative_to(place).as_posix()
-        if name in listed or name == MANIFEST or MACHINES_OWN & set(path.parts):
+    try:
+        for path in _unlisted(place, listed):
+            name = path.relative_to(place).as_posix()
+            free = (others / f"{name}{f'.{number}' if number else ''}" for number in itertools.count())
+            kept = next(here for here in free if not os.path.lexists(here))
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(kept)
+            moved.append(path)
+    finally:
+        if moved:
+            more = f" and {len(moved) - 1} more" if moved[1:] else ""
+            said = f"{moved[0]}{more}: not of a save, which writes this folder anew; moved to {others}"
+            warnings.warn(said, stacklevel=2)
+
+
+def _unlisted(folder, listed, below=""):
+    """Files, and folders as a whole, of which a manifest lists nothing. What a machine puts there by itself does not count."""
+    for path in sorted(folder.iterdir()):
+        name = below + path.name
+        if name in listed or name == MANIFEST or path.name in MACHINES_OWN:
             continue
-        free = (others / f"{name}{f'.{number}' if number else ''}" for number in itertools.count())
-        kept = next(place for place in free if not os.path.lexists(place))
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        path.rename(kept)
-        moved.append(path)
-    if moved:
-        more = f" and {len(moved) - 1} more" if moved[1:] else ""
-        said = f"{moved[0]}{more}: not of a save, which writes this folder anew; moved to {others}"
-        warnings.warn(said, stacklevel=2)
+        if path.is_dir() and any(file.startswith(f"{name}/") for file in listed):
+            yield from _unlisted(path, listed, f"{name}/")
+        else:
+            yield path
 
 
 def _remove(folder):
@@ -294,7 +306,7 @@ def write_manifest(folder):
 
 def check_manifest(folder):
     """Raise InputError, naming folder and file, unless `folder` holds just the files of its manifest, byte for byte. Names that
-    begin with a dot are the machine's own (.DS_Store, .ipynb_checkpoints) and do not count."""
+    begin with a dot, such as .DS_Store or .git, do not count."""
     folder = Path(folder)
     listed, found = _manifest(folder / MANIFEST), _files(folder)
     for name in sorted(listed.keys() - found.keys()):

@@ -30,7 +30,7 @@ class Loop:
         The policy's own distribution at the config's temperature is sampled, whole: an option that would change it (top_k,
         top_p, penalties, another temperature) raises InputError. `reference=True` samples from the reference. What is returned carries
         how it was drawn, its `eos_token_id` too; with `return_prompt`, or cut out of a tensor, it does not."""
-        parts.check_still_trained("generate", self.model, self.optimizer, only_there=True)
+        parts.check_still_there("generate", self.model, self.parameters)
         kwargs = dict(eos_token_id=self.eos_ids, pad_token_id=self.tokenizer.pad_token_id) | kwargs
         text, asked = self.model.config.get_text_config(), (max_new_tokens, batch_size, temperature, greedy)
         queries, batches, asked, greedy = checked_call(queries, self.config, text, *asked, **kwargs)
@@ -65,10 +65,13 @@ class Loop:
         return None if self.model.adapters_merged() else self.unpacked
 
     def _weights(self):
-        """A digest of the policy's weights; None while its adapters are off, merged, or not the active ones."""
+        """A digest of the policy's weights; None while its adapters are not in use."""
+        return digest(self.parameters) if self._in_use() else None
+
+    def _in_use(self):
+        """Whether the adapters that learn are on, beside the weights, and the active ones."""
         model = self.model
-        other = model.adapters_are_off() or model.adapters_merged() or model.active_adapters() != self.adapters
-        return None if other else digest(self.parameters)
+        return not (model.adapters_are_off() or model.adapters_merged() or model.active_adapters() != self.adapters)
 
     # ------------------------------------------------------------ train
 
@@ -103,9 +106,14 @@ class Loop:
                 done.update()
                 if on_step:
                     on_step(self, stats)
-                if signum := self._largest(asked.signum or 0):  # one process is asked, and all stop
-                    raise Interrupted(signum)
+                self._stop_if(asked)
+            self._stop_if(asked)  # while the last step asked
         return self.history
+
+    def _stop_if(self, asked):
+        """Raises Interrupted on all processes if one of them is asked to stop."""
+        if signum := self._largest(asked.signum or 0):
+            raise Interrupted(signum)
 
     def _largest(self, number):
         """The largest of a whole number over all processes."""
@@ -133,7 +141,7 @@ class Loop:
     def save(self, folder, extra=None):
         """Keep everything in one folder: the adapters (plain PEFT loads them), the value head (where TRL looks for it), Adam,
         KL coefficient, random states, history. The folder appears whole or not at all. `extra`: what else JSON can hold."""
-        parts.check_still_trained("save", self.model, self.optimizer, only_there=True)
+        parts.check_still_there("save", self.model, self.parameters)
         save_checkpoint(self, folder, extra)
         self.accelerator.wait_for_everyone()
 

@@ -189,7 +189,9 @@ def load_policy(profile, seed=0, quantize=True, dtype=None, sharded=False):
     lm = load_causal_lm(profile.model, quantize, dtype, sharded)
     try:
         policy = with_adapters(lm, profile, seed)
-    except ValueError as error:  # a family for which PEFT knows no layers
+    except ValueError as error:
+        if "target_modules" not in str(error):  # else a family of which PEFT knows no layers
+            raise
         expected = f"expected layers named {', '.join(profile.lora_targets)}"
         raise InputError(f"{profile.model}: {type(lm).__name__} gets no adapters ({reason(error)}); {expected}") from error
     if sharded:
@@ -297,8 +299,9 @@ class PolicyWithValueHead(nn.Module):
             )
         keep_gradients(causal_lm)
         self.pretrained_model = causal_lm
-        # What is hooked, where a model narrows it (OPT-350m); a wrapper of PEFT's may turn `in_features` round.
-        self.v_head = ValueHead(head.weight.shape[-1] if head.weight.is_floating_point() else head.in_features)
+        # What is hooked, where a model narrows it (OPT-350m). A wrapper of PEFT's may turn `in_features` round, 4 bits have no shape.
+        plain = head.weight.is_floating_point() and not is_4bit_layer(getattr(head, "base_layer", head))
+        self.v_head = ValueHead(head.weight.shape[-1] if plain else head.in_features)
         self.v_head.to(head.weight.device)
 
     def __getattr__(self, name):
@@ -324,7 +327,7 @@ class PolicyWithValueHead(nn.Module):
     def adapters_off(self):
         """A context in which the model is its own reference. The adapters come back after an exception, too, and what is frozen
         of them stays so. Raises InputError for merged ones, which PEFT would take out of the weights for good."""
-        if self.adapters_merged():
+        if self.has_adapters and self.adapters_merged():
             raise InputError("the adapters are merged into the weights; expected them apart (unmerge_adapter)")
         learns = [(parameter, parameter.requires_grad) for parameter in self.pretrained_model.parameters()]
         try:

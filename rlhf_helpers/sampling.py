@@ -52,7 +52,12 @@ def checked_options(vocabulary, own_temperature, temperature, greedy, eos_token_
             raise InputError(
                 f"generate: {name}={value!r:.80} would sample from another distribution than the one that is scored; expected {NEUTRAL[name][0]}"
             )
-    return temperature, greedy, end_ids(eos_token_id), pad_token_id
+    ends = end_ids(eos_token_id)
+    if min(ends) >= vocabulary:
+        raise InputError(
+            f"generate: an EOS of id {min(ends)}, which the model does not have: no response would end; expected -1 (never) to {vocabulary - 1}"
+        )
+    return temperature, greedy, ends, pad_token_id
 
 
 def check_whole(call, least, **sizes):
@@ -181,7 +186,7 @@ def warn_of_slips(queries, responses, notes, eos_ids, pad_id):
     """Warns of responses that `generate` has not cut (`notes` has None for them) and that look like somebody's slip: pads behind their
     EOS, which count as tokens, and the score falls on the last of them; or the query in front. And of queries that do (`warn_of_padded`)."""
     if None in notes:  # else `generate` has looked at the queries
-        warn_of_padded(queries, pad_id)
+        warn_of_padded(queries, pad_id, stacklevel=5)
     for row, (ids, note) in enumerate(zip(responses, notes)):
         ends = torch.isin(ids, torch.tensor(list(eos_ids), dtype=torch.long)).nonzero().flatten().tolist()
         tail = ids[ends[0] + 1 :] if note is None and ends else ids[:0]
@@ -192,15 +197,17 @@ def warn_of_slips(queries, responses, notes, eos_ids, pad_id):
         warnings.warn("every response begins with its query, which is learnt, too; expected it cut off", stacklevel=4)
 
 
-def warn_of_padded(queries, pad_id):
+def warn_of_padded(queries, pad_id, stacklevel=4):
     """Warns of queries that look like the rows of a padded tensor, all equally long, some with pads at an end: they would be read as text.
-    (One such token in every row may be a BOS or an EOS.)"""
+    (One such token in every row may be a BOS or an EOS, and a group has one prompt.)"""
+    different = {tuple(ids.tolist()) for ids in queries}
+    if len({len(ids) for ids in queries}) > 1 or len(different) == 1:
+        return
     for outside in (lambda ids: ids != pad_id, lambda ids: ids.flip(0) != pad_id):
         pads = [int(outside(ids).int().cumsum(0).eq(0).sum()) for ids in queries]
-        if len({len(ids) for ids in queries}) == 1 < len(queries) and max(pads) > min(1, min(pads)):
-            row, most = pads.index(max(pads)), max(pads)
-            said = f"query {row} has {most} pads at an end, which are read as text; expected the rows of a padded tensor without them"
-            return warnings.warn(said, stacklevel=4)
+        if (most := max(pads)) > min(1, min(pads)):
+            said = f"query {pads.index(most)} looks like a row of a padded tensor: {most} times the pad at an end, read as text"
+            return warnings.warn(f"{said}; expected it without", stacklevel=stacklevel)
 
 
 def padded(notes, device):

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import torch
 
 from rlhf_helpers import classic, fast, parts, ppo, sampling
-from rlhf_helpers.errors import InputError
 from rlhf_helpers.loop import Loop
 from rlhf_helpers.models import eos_ids, response_logits
 from rlhf_helpers.quirks import accumulating_alone
@@ -58,13 +57,7 @@ class PPOTrainer(Loop):
         changes; RuntimeError if an adapter got no gradient."""
         classic.refuse("step", left_out)
         clock, size = Clock(), self.config.batch_size
-        if self._weights() is None:
-            raise InputError(
-                "step: the adapters that this trainer trains are off, merged, or not the active ones; expected them in use"
-            )
-        parts.check_still_trained("step", self.model, self.optimizer)
-        if not torch.is_grad_enabled():
-            raise InputError("step: gradients are switched off here, as inside torch.no_grad; expected them on")
+        parts.check_still_learns(self.model, self.parameters, self.optimizer, self._in_use())
         trusts = self.sampler_is_exact and self.config.kl_penalty != "full"
         self.rollout = self._collect("step", queries, responses, scores, size, prompts, None, self.total, clock, trusts)
         half = parts.told_if_half(self.parameters, self.rollout.weights, self.steps_done + 1)

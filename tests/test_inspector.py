@@ -80,6 +80,13 @@ def test_a_recorder_asks_for_no_groups_of_answers():
     assert len(recorder.frames[0]["rows"]) == 2
 
 
+def test_a_recorder_shows_the_advantages_that_the_run_learns_from():
+    trainer = tiny.trainer()
+    trainer.advantages = advantages.no_baseline
+    recorder = inspector.Recorder(trainer, ["t5 t6", "t7"], lambda prompts, texts: [1.0, 1.0])
+    assert {round(number, 3) for row in recorder.frames[0]["rows"] for number in row["numbers"]["advantage"]} == {1.0}
+
+
 def test_what_a_recorder_keeps_in_a_file_is_what_it_noted_so_far(tmp_path):
     trainer, file = tiny.trainer(), tmp_path / "run" / "recording.json"
     reward = lambda prompts, texts: [float(len(text)) for text in texts]

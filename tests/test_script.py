@@ -756,12 +756,18 @@ def test_a_full_disk_behind_the_output_is_one_sentence(home, start, monkeypatch,
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("rlhf_helpers.__main__.run", full)
-    monkeypatch.setattr("rlhf_helpers.__main__.leads_nowhere", lambda stream: None)
     assert exit_status(start(steps=1)) == 2
-    assert (
-        capsys.readouterr().err
-        == "error: output: No space left on device; what was saved stays, and the same command goes on\n"
-    )
+    said = "what is printed, or another file: No space left on device; what was saved stays, and the same command goes on"
+    assert capsys.readouterr().err == f"error: {said}\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_an_output_onto_a_full_disk_is_one_sentence(tmp_path):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "rlhf_helpers", "--check"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=ENV, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: what is printed, or another file: No space left on device")
 
 
 def test_an_output_that_was_closed_is_no_error(home, start, monkeypatch):

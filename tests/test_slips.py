@@ -4,6 +4,7 @@ import dataclasses
 import math
 import warnings
 
+import bitsandbytes
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -45,13 +46,14 @@ def test_what_learns_must_be_what_the_optimizer_has(change, tmp_path):
     trainer.step(queries, responses, scores)
     change(trainer, tmp_path / "adapters")
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    with pytest.raises(InputError, match="step: (what learns of the model|the adapters that this trainer trains)"):
+    words = "step: (weights that the trainer's optimizer moves are not|nothing of the policy learns)"
+    with pytest.raises(InputError, match=words):
         trainer.step(queries, responses, scores)
     assert tiny.same(before, dict(trainer.model.named_parameters())) and trainer.steps_done == 1
     if change is all_frozen:
         return trainer.save(tmp_path / "kept")
     for call in (lambda: trainer.generate(queries), lambda: trainer.save(tmp_path / "kept")):
-        with pytest.raises(InputError, match="(generate|save): what learns of the model is not what"):
+        with pytest.raises(InputError, match="(generate|save): weights that the trainer's optimizer moves"):
             call()
     assert not (tmp_path / "kept").exists()
 
@@ -68,7 +70,7 @@ def test_a_value_head_may_be_frozen_on_the_way():
 def test_adapters_that_rewrite_what_is_under_them_are_refused_in_any_spelling_and_as_the_second(begun):
     lm = tiny.with_lora(tiny.llama())
     lm.add_adapter("second", LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=begun))
-    lm.base_model.set_adapter(["default", "second"])
+    lm.base_model.set_adapter([["default", "second"], ["second", "default"]][begun == "pissa"])
     with pytest.raises(InputError, match=f"init_lora_weights='{begun}' rewrites"):
         tiny.trainer(lm)
 
@@ -78,8 +80,9 @@ def test_rows_of_a_padded_tensor_of_queries_are_told():
     queries, responses, scores = tiny.batch()
     rows = [torch.nn.functional.pad(query, (9 - len(query), 0), value=tiny.PAD) for query in queries]
     for call in (lambda: trainer.generate(rows), lambda: trainer.step(rows, responses, scores)):
-        with pytest.warns(UserWarning, match=r"query \d has [2-9] pads at an end, which are read as text"):
+        with pytest.warns(UserWarning, match=r"query \d looks like a row of a padded tensor: [2-9] times the pad") as told:
             call()
+        assert told[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         trainer.generate([torch.cat([torch.tensor([tiny.PAD]), query[:3]]) for query in queries])  # a BOS of that id
@@ -101,8 +104,9 @@ def test_a_family_that_places_its_tokens_in_a_way_of_its_own_is_told():
     lm = tiny.gpt2()
     shifted = Shifted(lm)
     lm.forward = shifted.forward
-    with pytest.warns(UserWarning, match=r"GPT2LMHeadModel reads a prompt behind pads otherwise .* [0-9.]+ nats apart"):
+    with pytest.warns(UserWarning, match=r"GPT2LMHeadModel reads a prompt behind pads otherwise .* [0-9.]+ nats apart") as told:
         tiny.trainer(lm)
+    assert told[-1].filename == tiny.__file__
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*reads a prompt behind pads")
         tiny.trainer(tiny.gpt2()), tiny.trainer(tiny.with_lora(tiny.llama().to(torch.bfloat16)))
@@ -113,20 +117,23 @@ def test_an_eos_that_the_model_does_not_have_is_refused():
     tokenizer.add_special_tokens({"eos_token": "<end>"})
     lm = tiny.with_lora(tiny.llama())
     lm.generation_config.eos_token_id = None
+    trainer = tiny.trainer(lm, tokenizer=tokenizer)
     with pytest.raises(
-        InputError, match=f"its EOS has id {tiny.V}, and no response would ever end; expected 0 to {tiny.V - 1}"
+        InputError, match=f"EOS of id {tiny.V}, which the model does not have.*; expected -1 .never. to {tiny.V - 1}"
     ):
-        tiny.trainer(lm, tokenizer=tokenizer)
+        trainer.generate([torch.tensor([5, 6])])
+    assert trainer.generate([torch.tensor([5, 6])], eos_token_id=7)
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
-def test_advantages_that_are_no_numbers_are_told(number):
+@pytest.mark.parametrize("which", [0, 1], ids=["advantages", "returns"])
+def test_advantages_that_are_no_numbers_are_told(number, which):
     trainer = tiny.trainer()
 
     def broken(rollout, config, total):
-        advantages, returns = gae_advantages(rollout, config, total)
-        advantages[0, 0] = number
-        return advantages, returns
+        made = gae_advantages(rollout, config, total)
+        made[which][0, 0] = number
+        return made
 
     trainer.advantages = broken
     with pytest.warns(UserWarning, match="advantages have numbers that are not finite"):
@@ -153,19 +160,34 @@ def test_another_optimizer_is_named_when_it_cannot_be_kept(tmp_path):
 
 def test_adapters_of_another_strength_by_pattern_are_refused(tmp_path):
     tiny.trainer().save(tmp_path / "kept")
-    lm = tiny.llama()
     config = tiny.with_lora(tiny.llama()).active_peft_config
-    strong = LoraConfig(
-        r=config.r, lora_alpha=config.lora_alpha, target_modules=["q_proj", "v_proj"], alpha_pattern={"q_proj": 64}
-    )
-    with pytest.raises(InputError, match="adapters with alpha_pattern"):
-        tiny.trainer(get_peft_model(lm, strong)).resume(tmp_path / "kept")
+    plain = dict(r=config.r, lora_alpha=config.lora_alpha, target_modules=["q_proj", "v_proj"])
+    for pattern in "alpha_pattern", "rank_pattern":
+        other = get_peft_model(tiny.llama(), LoraConfig(**plain, **{pattern: {"q_proj": 64}}))
+        with pytest.raises(InputError, match=f"adapters with {pattern}"):
+            tiny.trainer(other).resume(tmp_path / "kept")
 
 
 def test_a_head_inside_a_wrapper_of_peft_s_has_its_true_width():
     config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], ensure_weight_tying=True)
     policy = models.PolicyWithValueHead(get_peft_model(tiny.llama(tie_word_embeddings=True), config))
     assert policy.v_head.summary.in_features == tiny.llama().config.hidden_size
+
+
+def test_a_head_in_4_bits_that_are_stored_as_bf16_has_its_true_width_too():
+    lm = tiny.llama(hidden_size=64)
+    lm.lm_head = bitsandbytes.nn.Linear4bit(64, tiny.V, bias=False, quant_type="nf4", quant_storage=torch.bfloat16).to("cpu")
+    assert lm.lm_head.weight.shape[-1] == 1 and models.PolicyWithValueHead(lm).v_head.summary.in_features == 64
+
+
+def test_a_schedule_of_the_critic_s_and_further_weights_are_nobody_s_business():
+    """An optimizer without the value head, and one that moves something else besides."""
+    trainer = tiny.trainer()
+    trainer.optimizer = torch.optim.Adam([p for p in trainer.model.pretrained_model.parameters() if p.requires_grad], lr=1e-2)
+    trainer.step(*tiny.batch())
+    trainer.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(3))]})
+    trainer.step(*tiny.batch())
+    assert any(p.any() for p in tiny.adapters(trainer).values())
 
 
 def test_a_family_that_gets_no_adapters_is_named(llama_folder):

@@ -118,7 +118,8 @@ class Recorder:
     def note(self, trainer):
         responses = trainer.generate(self.queries, generator=torch.Generator().manual_seed(self.seed))
         scores = self.reward_fn(self.prompts, trainer.decode(responses))
-        rollout = trainer.inspect(self.queries, responses, scores, gae_advantages)  # others may want groups
+        grouped = trainer.config.num_generations > 1  # then the trainer's may want groups, and there are none here
+        rollout = trainer.inspect(self.queries, responses, scores, gae_advantages if grouped else None)
         rollout.prompts = self.prompts
         label = f"after {trainer.steps_done} steps" if trainer.steps_done else "before training"
         likeliest = likeliest_tokens(trainer, rollout) if self.likeliest else None
