@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("rlhf_helpers", "tests", "pyproject.toml", "conftest.py")
 TESTS = ("ppo", "rollout", "sampling", "models", "faults", "oracle", "trainer", "fast", "checkpoint", "files", "reward",
-         "evaluation", "interrupts", "neighbours", "refusals", "processes")  # fmt: skip
+         "evaluation", "interrupts", "neighbours", "refusals", "slips", "processes")  # fmt: skip
 
 # A file of rlhf_helpers; what stands there, exactly once; what is put in its place; the tests/test_*.py to try first.
 Fault = namedtuple("Fault", "name file old new tests")
