@@ -77,7 +77,7 @@ def reference():
 def lengths(rank):
     """Responses that end at once on one process, and never on the other."""
     trainer = tiny.trainer(sharded=True, max_new_tokens=12)
-    ends = list(range(tiny.V)) if rank == 0 else [tiny.V]  # every token, and none
+    ends = list(range(tiny.V)) if rank == 0 else [-1]  # every token, and none
     responses = trainer.generate([torch.tensor([5, 6]), torch.tensor([7, 8, 9])], eos_token_id=ends)
     return [len(response) for response in responses]
 
