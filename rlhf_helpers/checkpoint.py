@@ -66,12 +66,6 @@ def save_checkpoint(trainer, folder, extra=None):
         raise InputError(
             f"save: extra has something that JSON cannot keep ({error}); expected text, numbers, lists and dicts"
         ) from None
-    for moments in trainer.optimizer.state_dict()["state"].values():
-        if moments and moments.keys() != set(ADAM):
-            raise InputError(
-                f"{folder}: not saved: the optimizer keeps {', '.join(moments)}; expected Adam's {', '.join(ADAM)}, which a checkpoint "
-                "can hold"
-            )
     state = state_of(trainer)
     moments = {f"Adam's {key} of {name}": of[key] for name, of in state.adam.items() for key in ADAM}
     for name, tensor in [*state.parameters.items(), *moments.items()]:
@@ -123,8 +117,13 @@ def _save_tensors(tensors, path):
 
 
 def state_of(trainer):
-    """The trainer's State. Its tensors are the trainer's own, not copies."""
+    """The trainer's State. Its tensors are the trainer's own, not copies. Raises InputError for another optimizer than Adam."""
     moments = trainer.optimizer.state_dict()["state"]
+    for kept in moments.values():
+        if kept and kept.keys() != set(ADAM):
+            raise InputError(
+                f"trainer.optimizer keeps {', '.join(kept)}; expected Adam's {', '.join(ADAM)}, which a checkpoint can hold"
+            )
     named = _trained(trainer)
     adam = {name: {key: moments[index][key] for key in ADAM} for index, (name, _) in enumerate(named) if moments.get(index)}
     so_far = (trainer.steps_done, trainer.kl_coef, trainer.history, rates_of(trainer))

@@ -361,9 +361,9 @@ class PolicyWithValueHead(nn.Module):
 
     def require_gradients(self):
         """Raises RuntimeError, leaving no gradient behind, unless every adapter that learns has got one."""
-        adapters = getattr(self.pretrained_model.base_model, "prefix", "lora_") if self.has_adapters else "lora_"
+        prefix = getattr(self.pretrained_model.base_model, "prefix", "lora_") if self.has_adapters else "lora_"
         for name, parameter in self.pretrained_model.named_parameters():
-            if parameter.requires_grad and adapters in name and parameter.grad is None:
+            if parameter.requires_grad and prefix in name and parameter.grad is None:
                 self.zero_grad()
                 raise RuntimeError(
                     f"adapter {name} got no gradient: it would never train. Was the 4-bit model run outside PolicyWithValueHead "

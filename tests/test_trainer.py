@@ -5,6 +5,7 @@ import math
 import signal
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -1026,6 +1027,4 @@ def test_adapters_of_another_kind_must_get_gradients_too():
 def test_what_ends_no_response_is_named(ends, words):
     with pytest.raises(InputError, match=words):
         tiny.trainer().generate(QUERIES, eos_token_id=ends)
-    import numpy as np
-
     assert tiny.trainer().generate(QUERIES, eos_token_id=np.int64(EOS))

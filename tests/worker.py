@@ -141,9 +141,11 @@ def destroyed(_):
     left(_, lambda trainer: trainer.accelerator.end_training())
 
 
+JOBS = {job.__name__: job for job in (update, baseline, resume, shares, unlucky, left, destroyed)}
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder, *jobs = sys.argv[1:]
     for job in jobs:
         faulthandler.dump_traceback_later(200, exit=True)  # processes that wait for each other say where
-        {job.__name__: job for job in (update, baseline, resume, shares, unlucky, left, destroyed)}[job](Path(folder))
+        JOBS[job](Path(folder))
